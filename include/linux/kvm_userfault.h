@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef __LINUX_KVM_USERFAULT_H
+#define __LINUX_KVM_USERFAULT_H
+
+#include <linux/kvm_host.h>
+
+/*
+ * KVM Userfault: one bit for each gfn, set while the page has no content yet.
+ * KVM does not map such a page, which is called armed, into the guest; a vCPU
+ * that needs it exits to userspace, which fills the page, clears the bit and
+ * runs the vCPU again.
+ */
+
+/* Can userfault work for @kvm, or for some VM if @kvm is NULL? */
+bool kvm_arch_supports_userfault(struct kvm *kvm);
+
+/*
+ * Make way for huge mappings of the gfns [@start, @end) of @slot, which were out
+ * of reach because of armed pages.  Called with slots_lock held.
+ */
+void kvm_arch_userfault_recover(struct kvm *kvm, const struct kvm_memory_slot *slot,
+				gfn_t start, gfn_t end);
+
+#ifdef CONFIG_KVM_USERFAULT
+
+/* Flags of KVM_CAP_USERFAULT that @kvm, or some VM if NULL, supports. */
+u64 kvm_userfault_supported_flags(struct kvm *kvm);
+int kvm_userfault_enable_cap(struct kvm *kvm, const struct kvm_enable_cap *cap);
+void kvm_userfault_destroy(struct kvm *kvm);
+
+/*
+ * Arm the gfns [@start, @end), under slots_lock and in two steps: the first can
+ * fail, and changes no bit but may leave memory allocated until userfault is
+ * disabled.  The second can't fail.
+ */
+int kvm_userfault_reserve(struct kvm *kvm, gfn_t start, gfn_t end);
+void kvm_userfault_arm(struct kvm *kvm, gfn_t start, gfn_t end);
+
+/* Clear the gfns [@start, @end).  Needs no lock and allocates nothing. */
+void kvm_userfault_clear(struct kvm *kvm, gfn_t start, gfn_t end);
+
+gfn_t __kvm_userfault_nr_clear(struct kvm *kvm, gfn_t gfn, gfn_t nr_pages);
+bool __kvm_userfault_armed(struct kvm *kvm, gfn_t gfn);
+
+int kvm_userfault_prepare_exit(struct kvm_vcpu *vcpu, gfn_t gfn, bool is_write,
+			       bool is_exec, bool is_private);
+
+static inline bool kvm_userfault_enabled(struct kvm *kvm)
+{
+	return unlikely(rcu_access_pointer(kvm->userfault));
+}
+
+/*
+ * Is @gfn armed, as seen by an access through @slot?  Memslots that KVM itself
+ * created are exempt: userspace doesn't know what is in there.
+ *
+ * A mapping may follow only if mmu_invalidate_seq was read before, and has not
+ * changed once mmu_lock is held.
+ */
+static inline bool kvm_userfault_armed(struct kvm *kvm,
+				       const struct kvm_memory_slot *slot, gfn_t gfn)
+{
+	return kvm_userfault_enabled(kvm) && slot->id < KVM_USER_MEM_SLOTS &&
+	       __kvm_userfault_armed(kvm, gfn);
+}
+
+/* How many of the @nr_pages pages from @gfn on come before an armed one? */
+static inline gfn_t kvm_userfault_nr_clear(struct kvm *kvm, gfn_t gfn,
+					   gfn_t nr_pages)
+{
+	if (!kvm_userfault_enabled(kvm))
+		return nr_pages;
+
+	return __kvm_userfault_nr_clear(kvm, gfn, nr_pages);
+}
+
+#else /* CONFIG_KVM_USERFAULT */
+
+static inline u64 kvm_userfault_supported_flags(struct kvm *kvm)
+{
+	return 0;
+}
+
+static inline int kvm_userfault_enable_cap(struct kvm *kvm,
+					   const struct kvm_enable_cap *cap)
+{
+	return -EINVAL;
+}
+
+static inline void kvm_userfault_destroy(struct kvm *kvm)
+{
+}
+
+static inline int kvm_userfault_reserve(struct kvm *kvm, gfn_t start, gfn_t end)
+{
+	return -EINVAL;
+}
+
+static inline void kvm_userfault_arm(struct kvm *kvm, gfn_t start, gfn_t end)
+{
+}
+
+static inline void kvm_userfault_clear(struct kvm *kvm, gfn_t start, gfn_t end)
+{
+}
+
+static inline int kvm_userfault_prepare_exit(struct kvm_vcpu *vcpu, gfn_t gfn,
+					     bool is_write, bool is_exec,
+					     bool is_private)
+{
+	return -EFAULT;
+}
+
+static inline bool kvm_userfault_enabled(struct kvm *kvm)
+{
+	return false;
+}
+
+static inline bool kvm_userfault_armed(struct kvm *kvm,
+				       const struct kvm_memory_slot *slot, gfn_t gfn)
+{
+	return false;
+}
+
+static inline gfn_t kvm_userfault_nr_clear(struct kvm *kvm, gfn_t gfn,
+					   gfn_t nr_pages)
+{
+	return nr_pages;
+}
+
+#endif /* CONFIG_KVM_USERFAULT */
+
+#endif /* __LINUX_KVM_USERFAULT_H */

@@ -1,0 +1,131 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: GPL-2.0
+#
+# Sourced: boot the debug kernel with tests of tests/table, judge what it said.
+
+# Kernel messages that fail a boot, whatever the tests themselves said.
+BAD='WARNING:|BUG:|Oops|KASAN:|INFO: (possible|rcu|task|trying)|suspicious RCU|possible (circular|recursive)|'
+BAD+='inconsistent lock|self-detected stall|detected stalls|soft lockup|blocked for more than|Kernel panic|'
+BAD+='general protection fault|Unable to handle kernel|corruption|refcount_t:|DEBUG_LOCKS_WARN|kernel BUG|Call [Tt]race'
+
+# table ARCH SET...: 'SECONDS TEST [ARGUMENT...]' lines of tests/table.
+table()
+{
+	local arch=$1
+
+	shift
+	awk -v arch="$arch" -v sets=" $* " '
+		/^[^#]/ && index(sets, " " $1 " ") && ($2 == "*" || $2 == arch) {
+			sub(/^[^ \t]+[ \t]+[^ \t]+[ \t]+/, ""); gsub(/[ \t]+/, " "); print
+		}' "$TOP/tests/table"
+}
+
+# skipped BOOT TEST SUBTEST WHY: a skip is good if it is on the list. SUBTEST may
+# be empty.
+skipped()
+{
+	local what="$1 $2${3:+ $3}" pattern
+
+	while read -r pattern; do
+		# shellcheck disable=SC2053 # a pattern it is
+		if [[ $what == $pattern ]]; then
+			result skip "$1: $2${3:+: $3}" "$4"
+			return
+		fi
+	done < <(sed 's/[ \t]*#.*//; s/[ \t]\+/ /g; /^$/d' "$TOP/tests/skips")
+	result fail "$1: $2${3:+: $3}" "skipped: $4"
+}
+
+# subtests BOOT N: what the N-th test reported of its parts, one a line, as
+# pass|fail|skip SUBTEST [WHY].
+subtests()
+{
+	awk -v n="$2" '
+		/^(not )?ok / { if (++done == n) exit; next }
+		done == n - 1 && match($0, /^# (not )?ok [0-9]+ (- )?/) {
+			verdict = $2 == "not" ? "fail" : "pass"
+			line = substr($0, RLENGTH + 1)
+			why = ""
+			if (match(line, / *# *SKIP */)) {
+				verdict = "skip"
+				why = substr(line, RSTART + RLENGTH)
+				line = substr(line, 1, RSTART - 1)
+			}
+			gsub(/ /, "_", line)
+			print verdict, line, why
+		}' "$LOGS/$1.tap"
+}
+
+# why BOOT N: the reason that test gave for its skip or failure.
+why()
+{
+	awk -v n="$2" '
+		/^(not )?ok / && $($1 == "not" ? 3 : 2) == n {
+			print $1 == "not" && match($0, / # .*/) ? substr($0, RSTART + 3) "; " last : last
+			exit
+		}
+		/^(not )?ok / { last = "" }
+		/SKIP - / || /Test Assertion Failure/ || /^#  *[A-Za-z].* (failed|!=|==)/ {
+			if (last == "" || /Test Assertion/) last = substr($0, 3)
+		}' "$LOGS/$1.tap" | sed 's/1\.\.0 # SKIP - //'
+}
+
+# judge BOOT LIST: one result for each test, one for the kernel's messages.
+judge()
+{
+	local boot=$1 n=0 test line bad verdict sub why
+
+	while read -r _ test; do
+		n=$((n + 1))
+		line=$(grep "^\(not \)\?ok $n " "$LOGS/$boot.tap" || true)
+		case $boot:$line in
+		*:)
+			result fail "$boot: $test" "did not finish" ;;
+		*:"not ok"*)
+			result fail "$boot: $test" "$(why "$boot" $n)" ;;
+		*-unpatched:*"# SKIP"*)
+			result pass "$boot: $test skips" ;;
+		*-unpatched:*)
+			result fail "$boot: $test" "passes without the series" ;;
+		*"# SKIP"*)
+			skipped "$boot" "$test" "" "$(why "$boot" $n)" ;;
+		*)
+			result pass "$boot: $test" ;;
+		esac
+		while read -r verdict sub why; do
+			case $verdict in
+			skip)	skipped "$boot" "$test" "$sub" "${why:-no reason given}" ;;
+			*)	result "$verdict" "$boot: $test: $sub" ;;
+			esac
+		done < <(subtests "$boot" $n)
+	done < "$2"
+
+	bad=$(grep -E -m1 "$BAD" "$LOGS/$boot.console" || true)
+	if [ -n "$bad" ]; then
+		result fail "$boot: kernel log" "$bad (build/logs/$boot.console)"
+	else
+		result pass "$boot: kernel log is clean"
+	fi
+}
+
+# boot_and_judge ARCH REV BOOT SET... [-- KERNEL-PARAMETER...]
+boot_and_judge()
+{
+	local arch=$1 rev=$2 boot=$3 sets='' list=$LOGS/$3.list
+
+	shift 3
+	while [ $# -gt 0 ] && [ "$1" != -- ]; do
+		sets="$sets $1"
+		shift
+	done
+	[ $# = 0 ] || shift
+	table "$arch" $sets > "$list"
+	if [ ! -e "$BUILD/images/$arch-debug-$rev$SUFFIX.stamp" ] ||
+	   [ ! -e "$BUILD/images/$arch-initrd$SUFFIX.stamp" ]; then
+		result fail "$boot" "not booted, for it was not built"
+		return 0
+	fi
+	"$TOP/scripts/boot" "$arch" debug "$rev" "$boot" "$@" < "$list" ||
+		result fail "$boot: boot" "the kernel did not come up, or not to the end"
+	judge "$boot" "$list"
+}

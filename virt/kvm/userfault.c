@@ -1,0 +1,475 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * KVM Userfault: demand paging of guest memory by KVM itself, for post-copy
+ * live migration and lazy restore of snapshots.
+ *
+ * The state is a bitmap for each VM, indexed by gfn and thus independent of the
+ * memslots.  Page-sized chunks of it hang off an xarray; a chunk that is absent
+ * is all clear.  Being kernel memory, it can be read in any context.
+ *
+ * Locking:
+ *
+ *  - kvm->userfault, the chunks in it, and setting of bits: slots_lock
+ *  - reading bits and clearing them: RCU
+ *
+ * Ordering:
+ *
+ *  - Whoever clears a bit has filled the page: kvm_userfault_clear() orders the
+ *    two, and pairs with the acquire of whoever finds the bit clear.
+ *  - Whoever sets a bit invalidates the gfn afterwards.  Whoever maps the gfn
+ *    reads mmu_invalidate_seq first, then tests the bit, and then maps it under
+ *    mmu_lock only if the sequence still stands: a bit that was missed is
+ *    followed by an invalidation that is not.  Whoever tests the bit and maps
+ *    the gfn in one critical section under mmu_lock need not look at the
+ *    sequence: a mapping that missed the bit is there for the invalidation to
+ *    find.
+ */
+#include <linux/kvm_host.h>
+#include <linux/kvm_userfault.h>
+#include <trace/events/kvm.h>
+
+#include "kvm_mm.h"
+
+#define KVM_USERFAULT_CHUNK_SHIFT	(PAGE_SHIFT + ilog2(BITS_PER_BYTE))
+#define KVM_USERFAULT_CHUNK_GFNS	BIT(KVM_USERFAULT_CHUNK_SHIFT)
+
+struct kvm_userfault {
+	/* By gfn >> KVM_USERFAULT_CHUNK_SHIFT, a page with one bit a gfn. */
+	struct xarray chunks;
+};
+
+/* The part of a range of gfns that lies in one chunk. */
+struct kvm_userfault_span {
+	unsigned long index;	/* of the chunk */
+	unsigned long first;	/* bit in the chunk */
+	unsigned long nr;	/* number of bits */
+};
+
+/* The first span of the gfns [@start, @end), which must not be empty. */
+static struct kvm_userfault_span kvm_userfault_span(gfn_t start, gfn_t end)
+{
+	struct kvm_userfault_span span = {
+		.index = start >> KVM_USERFAULT_CHUNK_SHIFT,
+		.first = start & (KVM_USERFAULT_CHUNK_GFNS - 1),
+	};
+
+	span.nr = min(end - start, KVM_USERFAULT_CHUNK_GFNS - span.first);
+	return span;
+}
+
+static struct kvm_userfault *kvm_userfault_locked(struct kvm *kvm)
+{
+	return rcu_dereference_protected(kvm->userfault,
+					 lockdep_is_held(&kvm->slots_lock));
+}
+
+static unsigned long *kvm_userfault_chunk_rcu(struct kvm *kvm, unsigned long index)
+{
+	struct kvm_userfault *uf = rcu_dereference(kvm->userfault);
+
+	return uf ? xa_load(&uf->chunks, index) : NULL;
+}
+
+bool __kvm_userfault_armed(struct kvm *kvm, gfn_t gfn)
+{
+	struct kvm_userfault_span span = kvm_userfault_span(gfn, gfn + 1);
+	unsigned long *chunk;
+
+	guard(rcu)();
+
+	chunk = kvm_userfault_chunk_rcu(kvm, span.index);
+
+	/* Pairs with the barrier in kvm_userfault_clear(). */
+	return chunk && test_bit_acquire(span.first, chunk);
+}
+
+gfn_t __kvm_userfault_nr_clear(struct kvm *kvm, gfn_t gfn, gfn_t nr_pages)
+{
+	gfn_t next = gfn, end = gfn + nr_pages;
+	struct kvm_userfault_span span;
+	unsigned long *chunk;
+
+	guard(rcu)();
+
+	for (; next < end; next += span.nr) {
+		unsigned long bit, last;
+
+		span = kvm_userfault_span(next, end);
+		chunk = kvm_userfault_chunk_rcu(kvm, span.index);
+		if (!chunk)
+			continue;
+
+		last = span.first + span.nr;
+		bit = find_next_bit(chunk, last, span.first);
+		if (bit < last) {
+			next += bit - span.first;
+			break;
+		}
+	}
+
+	/*
+	 * Read what is in the pages only after the bits, as the acquire in
+	 * __kvm_userfault_armed() does.  Pairs with the barrier in
+	 * kvm_userfault_clear().
+	 */
+	smp_rmb();
+	return next - gfn;
+}
+
+static void kvm_userfault_write_word(unsigned long *word, unsigned long mask,
+				     bool set)
+{
+	if (set)
+		atomic_long_or(mask, (atomic_long_t *)word);
+	else
+		atomic_long_andnot(mask, (atomic_long_t *)word);
+}
+
+/*
+ * Set or clear the bits of @span in @chunk.  Others may change bits at the same
+ * time: the words at either end hold bits that are not part of the span and must
+ * not be lost.  All others can be stored to, as a concurrent change of the same
+ * bits may come first or last anyway.  That relies on atomic operations that are
+ * atomic with regard to plain stores, too.
+ */
+static void kvm_userfault_write_span(unsigned long *chunk,
+				     const struct kvm_userfault_span *span, bool set)
+{
+	unsigned long first = span->first, end = first + span->nr;
+	unsigned long head = round_up(first, BITS_PER_LONG);
+	unsigned long tail = round_down(end, BITS_PER_LONG);
+
+	if (head > tail) {
+		kvm_userfault_write_word(chunk + BIT_WORD(first),
+					 BITMAP_FIRST_WORD_MASK(first) &
+					 BITMAP_LAST_WORD_MASK(end), set);
+		return;
+	}
+
+	if (first < head)
+		kvm_userfault_write_word(chunk + BIT_WORD(first),
+					 BITMAP_FIRST_WORD_MASK(first), set);
+
+	memset_l(chunk + BIT_WORD(head), set ? ~0UL : 0, BIT_WORD(tail - head));
+
+	if (tail < end)
+		kvm_userfault_write_word(chunk + BIT_WORD(tail),
+					 BITMAP_LAST_WORD_MASK(end), set);
+}
+
+static int kvm_userfault_add_chunk(struct kvm *kvm, struct kvm_userfault *uf,
+				   unsigned long index)
+{
+	void *chunk = (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT);
+	int r;
+
+	if (!chunk)
+		return -ENOMEM;
+
+	r = xa_err(xa_store(&uf->chunks, index, chunk, GFP_KERNEL_ACCOUNT));
+	if (r) {
+		free_page((unsigned long)chunk);
+		return r;
+	}
+
+	++kvm->stat.generic.userfault_bitmap_pages;
+	return 0;
+}
+
+int kvm_userfault_reserve(struct kvm *kvm, gfn_t start, gfn_t end)
+{
+	struct kvm_userfault *uf = kvm_userfault_locked(kvm);
+	struct kvm_userfault_span span;
+	int r;
+
+	/* Userfault may have been disabled since the attribute was validated. */
+	if (!uf)
+		return -EINVAL;
+
+	for (; start < end; start += span.nr) {
+		span = kvm_userfault_span(start, end);
+		if (xa_load(&uf->chunks, span.index))
+			continue;
+
+		if (fatal_signal_pending(current))
+			return -EINTR;
+
+		r = kvm_userfault_add_chunk(kvm, uf, span.index);
+		if (r)
+			return r;
+
+		cond_resched();
+	}
+
+	return 0;
+}
+
+/* Unmap the gfns [@start, @end) from the guest, private or shared. */
+static void kvm_userfault_unmap(struct kvm *kvm, gfn_t start, gfn_t end)
+{
+	struct kvm_gfn_range range = {
+		.attr_filter = KVM_FILTER_SHARED | KVM_FILTER_PRIVATE,
+		.may_block = true,
+	};
+	struct kvm_memslot_iter iter;
+	bool flush = false;
+	int i;
+
+	KVM_MMU_LOCK(kvm);
+	kvm_mmu_invalidate_start(kvm);
+	kvm_mmu_invalidate_range_add(kvm, start, end);
+
+	for (i = 0; i < kvm_arch_nr_memslot_as_ids(kvm); i++) {
+		kvm_for_each_memslot_in_gfn_range(&iter, __kvm_memslots(kvm, i),
+						  start, end) {
+			range.slot = iter.slot;
+			range.start = max(start, iter.slot->base_gfn);
+			range.end = min(end, iter.slot->base_gfn + iter.slot->npages);
+			if (range.start < range.end)
+				flush |= kvm_unmap_gfn_range(kvm, &range);
+		}
+	}
+
+	if (flush)
+		kvm_flush_remote_tlbs(kvm);
+
+	kvm_mmu_invalidate_end(kvm);
+	KVM_MMU_UNLOCK(kvm);
+}
+
+void kvm_userfault_arm(struct kvm *kvm, gfn_t start, gfn_t end)
+{
+	struct kvm_userfault *uf = kvm_userfault_locked(kvm);
+	struct kvm_userfault_span span;
+	gfn_t gfn;
+
+	lockdep_assert_held(&kvm->slots_lock);
+
+	trace_kvm_userfault_arm(start, end);
+
+	for (gfn = start; gfn < end; gfn += span.nr) {
+		span = kvm_userfault_span(gfn, end);
+		kvm_userfault_write_span(xa_load(&uf->chunks, span.index), &span, true);
+		cond_resched();
+	}
+
+	/*
+	 * Whoever reads the new mmu_invalidate_seq sees the bits.  Pairs with the
+	 * smp_rmb() between reading the sequence and kvm_userfault_armed().
+	 */
+	smp_wmb();
+
+	/* Also pages that are armed already: the bit alone unmaps nothing. */
+	kvm_userfault_unmap(kvm, start, end);
+}
+
+/*
+ * Clear the part of [@start, @end) that is in the first chunk there is, and
+ * return where to go on.
+ */
+static gfn_t kvm_userfault_clear_chunk(struct kvm *kvm, gfn_t start, gfn_t end)
+{
+	unsigned long index = start >> KVM_USERFAULT_CHUNK_SHIFT;
+	struct kvm_userfault_span span;
+	struct kvm_userfault *uf;
+	unsigned long *chunk;
+
+	guard(rcu)();
+
+	uf = rcu_dereference(kvm->userfault);
+	if (!uf)
+		return end;
+
+	chunk = xa_find(&uf->chunks, &index, (end - 1) >> KVM_USERFAULT_CHUNK_SHIFT,
+			XA_PRESENT);
+	if (!chunk)
+		return end;
+
+	start = max(start, (gfn_t)index << KVM_USERFAULT_CHUNK_SHIFT);
+	span = kvm_userfault_span(start, end);
+	kvm_userfault_write_span(chunk, &span, false);
+
+	return start + span.nr;
+}
+
+void kvm_userfault_clear(struct kvm *kvm, gfn_t start, gfn_t end)
+{
+	might_sleep();
+
+	trace_kvm_userfault_clear(start, end);
+
+	/*
+	 * The content of the pages, which somebody else may have written, is
+	 * visible to all before any of the bits is seen clear.  Pairs with the
+	 * acquire in __kvm_userfault_armed() and the smp_rmb() in
+	 * __kvm_userfault_nr_clear().
+	 */
+	smp_mb();
+
+	while (start < end) {
+		start = kvm_userfault_clear_chunk(kvm, start, end);
+		cond_resched();
+	}
+}
+
+/* Tell userspace that the vCPU needs @gfn, which is armed.  Returns -EFAULT. */
+int kvm_userfault_prepare_exit(struct kvm_vcpu *vcpu, gfn_t gfn, bool is_write,
+			       bool is_exec, bool is_private)
+{
+	u64 access = is_write ? KVM_MEMORY_EXIT_FLAG_WRITE :
+		     is_exec  ? KVM_MEMORY_EXIT_FLAG_EXEC :
+				KVM_MEMORY_EXIT_FLAG_READ;
+
+	kvm_prepare_memory_fault_exit(vcpu, gfn_to_gpa(gfn), PAGE_SIZE, is_write,
+				      is_exec, is_private);
+	vcpu->run->memory_fault.flags |= KVM_MEMORY_EXIT_FLAG_USERFAULT | access;
+
+	++vcpu->stat.generic.userfault_exits;
+	trace_kvm_userfault_exit(vcpu->vcpu_id, gfn, vcpu->run->memory_fault.flags);
+	return -EFAULT;
+}
+
+/* Nobody may look at @uf any more. */
+static void kvm_userfault_free(struct kvm_userfault *uf)
+{
+	unsigned long index;
+	void *chunk;
+
+	xa_for_each(&uf->chunks, index, chunk) {
+		free_page((unsigned long)chunk);
+		cond_resched();
+	}
+
+	xa_destroy(&uf->chunks);
+	kfree(uf);
+}
+
+static int kvm_userfault_enable(struct kvm *kvm)
+{
+	struct kvm_userfault *uf;
+
+	guard(mutex)(&kvm->slots_lock);
+
+	if (kvm_userfault_enabled(kvm))
+		return -EEXIST;
+
+	uf = kzalloc_obj(*uf, GFP_KERNEL_ACCOUNT);
+	if (!uf)
+		return -ENOMEM;
+
+	xa_init_flags(&uf->chunks, XA_FLAGS_ACCOUNT);
+	rcu_assign_pointer(kvm->userfault, uf);
+	return 0;
+}
+
+/*
+ * Let the guest have the huge mappings that armed pages stood in the way of, in
+ * the part of @slot where pages may have been armed at any time.
+ */
+static void kvm_userfault_recover_slot(struct kvm *kvm, struct kvm_userfault *uf,
+				       const struct kvm_memory_slot *slot)
+{
+	gfn_t start = slot->base_gfn, end = start + slot->npages;
+	unsigned long last = (end - 1) >> KVM_USERFAULT_CHUNK_SHIFT;
+	unsigned long index = start >> KVM_USERFAULT_CHUNK_SHIFT;
+
+	if (!xa_find(&uf->chunks, &index, last, XA_PRESENT))
+		return;
+
+	start = max(start, (gfn_t)index << KVM_USERFAULT_CHUNK_SHIFT);
+	while (xa_find_after(&uf->chunks, &index, last, XA_PRESENT))
+		;
+	end = min(end, (gfn_t)(index + 1) << KVM_USERFAULT_CHUNK_SHIFT);
+
+	kvm_arch_userfault_recover(kvm, slot, start, end);
+}
+
+static void kvm_userfault_recover(struct kvm *kvm, struct kvm_userfault *uf)
+{
+	struct kvm_memory_slot *slot;
+	int bkt, i;
+
+	lockdep_assert_held(&kvm->slots_lock);
+
+	for (i = 0; i < kvm_arch_nr_memslot_as_ids(kvm); i++) {
+		kvm_for_each_memslot(slot, bkt, __kvm_memslots(kvm, i)) {
+			kvm_userfault_recover_slot(kvm, uf, slot);
+			cond_resched();
+		}
+	}
+}
+
+/* Take the bitmap away from @kvm, whose pages are all clear from here on. */
+static struct kvm_userfault *kvm_userfault_detach(struct kvm *kvm)
+{
+	struct kvm_userfault *uf;
+
+	guard(mutex)(&kvm->slots_lock);
+
+	uf = kvm_userfault_locked(kvm);
+	if (!uf)
+		return NULL;
+
+	rcu_assign_pointer(kvm->userfault, NULL);
+	kvm->stat.generic.userfault_bitmap_pages = 0;
+
+	/*
+	 * Wait for who chose a small mapping because of a bit, and has not
+	 * installed it yet.  Architectures that choose it without holding
+	 * mmu_lock have to invalidate what they recover.
+	 */
+	KVM_MMU_LOCK(kvm);
+	KVM_MMU_UNLOCK(kvm);
+
+	kvm_userfault_recover(kvm, uf);
+	return uf;
+}
+
+static void kvm_userfault_disable(struct kvm *kvm)
+{
+	struct kvm_userfault *uf = kvm_userfault_detach(kvm);
+
+	if (!uf)
+		return;
+
+	/* Others may have looked up a chunk, to read or clear bits. */
+	synchronize_rcu();
+	kvm_userfault_free(uf);
+}
+
+u64 kvm_userfault_supported_flags(struct kvm *kvm)
+{
+	if (!kvm_arch_supports_userfault(kvm))
+		return 0;
+
+	return KVM_USERFAULT_ENABLE | KVM_USERFAULT_DISABLE;
+}
+
+int kvm_userfault_enable_cap(struct kvm *kvm, const struct kvm_enable_cap *cap)
+{
+	u64 flags = cap->args[0];
+
+	if (cap->flags || cap->args[1] || cap->args[2] || cap->args[3])
+		return -EINVAL;
+	if (flags & ~kvm_userfault_supported_flags(kvm))
+		return -EINVAL;
+
+	switch (flags) {
+	case KVM_USERFAULT_ENABLE:
+		return kvm_userfault_enable(kvm);
+	case KVM_USERFAULT_DISABLE:
+		kvm_userfault_disable(kvm);
+		return 0;
+	default:
+		return -EINVAL;
+	}
+}
+
+/* The VM is gone: no vCPU, no memslot and no file refers to it any more. */
+void kvm_userfault_destroy(struct kvm *kvm)
+{
+	struct kvm_userfault *uf = rcu_dereference_protected(kvm->userfault, true);
+
+	if (uf)
+		kvm_userfault_free(uf);
+}
