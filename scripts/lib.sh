@@ -90,8 +90,8 @@ kmake()
 
 	shift 2
 	! command -v ccache >/dev/null || cc="ccache $cc"
-	# A miss shall cost no preprocessing of its own.
-	export CCACHE_DEPEND=1
+	# A miss shall cost no preprocessing of its own; another clone's objects will do.
+	export CCACHE_DEPEND=1 CCACHE_BASEDIR=$TOP CCACHE_NOHASHDIR=1
 	timeout --foreground 90m make -C "$tree" O="$out" ARCH="$KARCH" \
 		CROSS_COMPILE="$CROSS" CC="$cc" -j"$JOBS" "$@"
 }
@@ -139,6 +139,27 @@ trees()
 
 # What scripts/tree applied last, in SRC. patches/ may change while a run lasts.
 TIP=refs/series/tip
+
+# tracks ARCH...: run function track ARCH for all at once, each in a process
+# group of its own, which ends with this script however that ends.
+tracks()
+{
+	local arch pids=
+
+	set -m
+	for arch in "$@"; do
+		track "$arch" </dev/null &
+		pids="$pids $!"
+	done
+	set +m
+	# shellcheck disable=SC2064 # the groups of now
+	trap "kill -TERM $(printf -- ' -%s' $pids) 2>/dev/null || true" EXIT
+	trap 'exit 130' INT TERM HUP
+	for arch in $pids; do
+		wait "$arch" || result fail "the harness" "broke off while it ran tests"
+	done
+	trap - EXIT INT TERM HUP
+}
 
 # Results of checks and tests, one line each in $RESULTS: the outermost script
 # begins and ends them, those that it calls add to them.
