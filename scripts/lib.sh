@@ -173,7 +173,7 @@ results_begin()
 	fi
 }
 
-# result pass|fail|skip WHAT [WHY]
+# result pass|fail|skip WHAT [WHY]; also flaky, besides the pass that it is about.
 result()
 {
 	printf '%s %s\n' "$1" "$2${3:+: $3}" >> "$RESULTS"
@@ -183,7 +183,7 @@ result()
 results_end()
 {
 	[ -n "$RESULTS_OWNER" ] || exit 0
-	sed -n 's/^fail /FAILED: /p' "$RESULTS"
+	sed -n 's/^flaky /FLAKY: /p; s/^fail /FAILED: /p' "$RESULTS"
 	say "$(grep -c '^pass ' "$RESULTS" || :) passed," \
 	    "$(grep -c '^fail ' "$RESULTS" || :) failed," \
 	    "$(grep -c '^skip ' "$RESULTS" || :) skipped"
