@@ -85,6 +85,7 @@ again()
 	[ "${1%%-*}-$(cat "$BUILD/images/x86_64-accel" 2>/dev/null)" = x86_64-tcg ] || return 0
 	while read -r secs test; do
 		n=$((n + 1))
+		[[ $test != mm/* ]] || continue
 		case $(outcome "$boot" $n) in
 		ok*)	continue ;;
 		not*)	failed=$((failed + 1)) ;;
@@ -113,6 +114,8 @@ judge()
 	control=$(table "${1%%-*}" control)
 	while read -r _ test; do
 		boot=$first nr=$((nr + 1)) n=$nr
+		# compare_mm() judges these.
+		[[ $test != mm/* ]] || continue
 		line=$(outcome "$boot" $n)
 		if [[ $line != ok* ]] && [ -e "$LOGS/$boot-again.list" ]; then
 			boot=$first-again
@@ -161,6 +164,40 @@ judge()
 			result pass "$boot: kernel log is clean"
 		fi
 	done
+}
+
+# digest BOOT TEST: how that test ended, and what it said of each of its parts.
+digest()
+{
+	local n
+
+	n=$(test=$2 awk '{ sub(/^[0-9]+ /, "") } $0 == ENVIRON["test"] { print NR; exit }' "$LOGS/$1.list")
+	awk -v n="$n" '
+		/^(not )?ok / {
+			if (++done == n) {
+				print $1 == "ok" ? (/# SKIP/ ? "skip" : "pass") : "fail"
+				exit
+			}
+			next
+		}
+		done == n - 1 && /Testing .*\.\.\./ { print }' "$LOGS/$1.tap"
+}
+
+# compare_mm ARCH: the tests of set 'mm' must do with the series what they do without.
+compare_mm()
+{
+	local test before after what
+
+	while read -r _ test; do
+		before=$(digest "$1-unpatched" "$test") after=$(digest "$1" "$test")
+		if [[ -z $before || $before != "$after" ]]; then
+			what=$({ diff <(echo "$before") <(echo "$after") || true; } | grep -m1 '^[<>]' ||
+				echo "did not finish")
+			result fail "$1: $test" "$what (< without the series)"
+		else
+			result pass "$1: $test: $(wc -l <<< "$after") results as without the series"
+		fi
+	done < <(table "$1" mm)
 }
 
 # boot_and_judge ARCH REV BOOT SET... [-- KERNEL-PARAMETER...]
