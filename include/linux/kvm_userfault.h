@@ -47,7 +47,8 @@ int kvm_userfault_prepare_exit(struct kvm_vcpu *vcpu, gfn_t gfn, bool is_write,
 
 static inline bool kvm_userfault_enabled(struct kvm *kvm)
 {
-	return unlikely(rcu_access_pointer(kvm->userfault));
+	/* Pairs with the barrier in kvm_userfault_detach(). */
+	return unlikely(smp_load_acquire(&kvm->userfault));
 }
 
 /*

@@ -14,8 +14,9 @@
  *
  * Ordering:
  *
- *  - Whoever clears a bit has filled the page: kvm_userfault_clear() orders the
- *    two, and pairs with the acquire of whoever finds the bit clear.
+ *  - Whoever clears a bit, or all of them by disabling userfault, has filled the
+ *    page: kvm_userfault_clear() and kvm_userfault_detach() order the two, and pair
+ *    with the acquire of whoever finds the bit clear, or userfault disabled.
  *  - Whoever sets a bit invalidates the gfn afterwards.  Whoever maps the gfn
  *    reads mmu_invalidate_seq first, then tests the bit, and then maps it under
  *    mmu_lock only if the sequence still stands: a bit that was missed is
@@ -410,6 +411,11 @@ static struct kvm_userfault *kvm_userfault_detach(struct kvm *kvm)
 	if (!uf)
 		return NULL;
 
+	/*
+	 * As in kvm_userfault_clear(), the content of the pages comes first.  Pairs
+	 * with the acquire in kvm_userfault_enabled().
+	 */
+	smp_mb();
 	rcu_assign_pointer(kvm->userfault, NULL);
 	kvm->stat.generic.userfault_bitmap_pages = 0;
 

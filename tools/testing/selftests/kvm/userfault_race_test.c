@@ -15,6 +15,8 @@
  *   survives whatever happens to the page.
  * - Each userfault exit names the page and the kind of the access that the
  *   vCPU is in the middle of.
+ * - No vCPU stops at a page that was cleared before it ran, and not armed since.
+ * - No access is MMIO unless the memslot was away meanwhile.
  * - Each thread makes progress.
  *
  * Before the free-for-all the test checks that no update is lost if neighbouring
@@ -36,11 +38,12 @@
 #include "ucall_common.h"
 #include "userfault_util.h"
 
-#define MEM_GPA			((u64)SZ_4G)
 #define FIRST_SLOT		1
 #define NR_SLOTS		2
 #define BLOCKS_PER_SLOT		2
 #define MAX_VCPUS		16
+/* With more of them, hardly any two threads would ever meet at one page. */
+#define MAX_PAGES		SZ_64K
 
 #ifdef __x86_64__
 #define KVM_EMULATES_ACCESSES	true
@@ -60,7 +63,8 @@
 /* What a vCPU reads where there is no memslot. */
 #define NO_SLOT			(~0ull)
 
-/* Ends the first phase of a vCPU, in place of the page to look at. */
+/* For the first phase of a vCPU, in place of the page to look at: all, the end. */
+#define CMD_SWEEP		(~1ull)
 #define CMD_END			(~0ull)
 
 struct guest_vcpu {
@@ -76,6 +80,7 @@ struct guest_vcpu {
 	u64 *own;
 	u64 *gens;
 	u64 nr_writes;
+	u64 nr_no_slot;
 };
 
 struct guest_shared {
@@ -137,15 +142,17 @@ static u64 word_gen(u64 val)
 static u64 guest_page_gva(struct guest_shared *s, u64 page)
 {
 	/* The memory is identity mapped. */
-	return MEM_GPA + page * s->page_size;
+	return AGENT_GPA + page * s->page_size;
 }
 
 static void guest_check_word(struct guest_vcpu *v, u64 page, int word, u64 val)
 {
 	u64 gen = word_gen(val);
 
-	if (val == NO_SLOT)
+	if (val == NO_SLOT) {
+		WRITE_ONCE(v->nr_no_slot, v->nr_no_slot + 1);
 		return;
+	}
 
 	__GUEST_ASSERT(gen && val == word_value(gen, page, word) && !(val >> 63),
 		       "page 0x%lx word %d: read 0x%lx, which is no filled page",
@@ -198,14 +205,25 @@ static void guest_write_own_word(struct guest_shared *s, int vcpu_idx, u64 page)
 	guest_store(gva, v->own[page]);
 }
 
-/* Phase 1: look at one page at a time, as the host asks for. */
-static void guest_obey(struct guest_shared *s, struct guest_vcpu *v)
+static void guest_sweep(struct guest_shared *s, struct guest_vcpu *v)
 {
 	u64 page;
 
-	while ((page = READ_ONCE(v->cmd_page)) != CMD_END) {
+	for (page = 0; page < s->nr_pages; page++)
 		guest_check_page(s, v, page);
-		GUEST_SYNC(page);
+}
+
+/* Phase 1: look at one page at a time, or at all, as the host asks for. */
+static void guest_obey(struct guest_shared *s, struct guest_vcpu *v)
+{
+	u64 cmd;
+
+	while ((cmd = READ_ONCE(v->cmd_page)) != CMD_END) {
+		if (cmd == CMD_SWEEP)
+			guest_sweep(s, v);
+		else
+			guest_check_page(s, v, cmd);
+		GUEST_SYNC(cmd);
 	}
 }
 
@@ -280,24 +298,35 @@ struct worker {
 	struct guest_vcpu *guest;
 	/* The page that another thread is to resolve, plus 1. */
 	u64 wanted;
+	/* The page that was clear when the vCPU last stopped there, plus 1. */
+	u64 clear_page;
+	u64 clear_nr_arms;
+	/* Of each memslot before the vCPU ran, see below. */
+	u32 slot_seqs[NR_SLOTS];
 	u64 nr_userfaults;
 	u64 nr_mmio;
+	u64 nr_no_slot;
 };
 
 struct page_state {
 	pthread_mutex_t lock;
 	bool armed;
 	u32 gen;
+	u64 nr_arms;
 };
 
 static struct kvm_vm *vm;
 static struct guest_shared *shared;
 static struct page_state *pages;
 static void *slot_hva[NR_SLOTS];
+/* Changes whenever the memslot comes or goes, and is odd while it is away. */
+static u32 slot_seqs[NR_SLOTS];
 static enum vm_mem_backing_src_type backing_src;
 static u64 page_size, nr_pages, pages_per_slot, pages_per_block, pages_per_backing;
 static int nr_vcpus = 3;
 static bool has_pre_fault;
+/* Whether memory loses all its mappings when any memslot goes away. */
+static bool slot_zaps_all;
 
 static struct worker vcpu_workers[MAX_VCPUS];
 static struct worker mutators[8];
@@ -325,13 +354,11 @@ static pthread_rwlock_t enabled_lock;
 /* Held for reading in KVM_RUN. */
 static pthread_rwlock_t run_lock;
 static bool pause_vcpus;
+/* Held for reading in KVM_PRE_FAULT_MEMORY, see slot_update(). */
+static pthread_rwlock_t pre_fault_lock;
 
-static u64 nr_armed, nr_resolved, nr_toggles, nr_slot_ops;
-
-static u64 page_gpa(u64 page)
-{
-	return MEM_GPA + page * page_size;
-}
+static u64 nr_armed, nr_dropped, nr_resolved, nr_toggles, nr_slot_ops;
+static u64 nr_samples, nr_huge_samples;
 
 static void *page_hva(u64 page)
 {
@@ -376,6 +403,20 @@ static void unlock_pages(u64 first, u64 nr)
 		pthread_mutex_unlock(&pages[i].lock);
 }
 
+/* Keep pages as they are, and KVM Userfault enabled. */
+static void lock_range(struct worker *w, u64 first, u64 nr, const char *waiting)
+{
+	w->doing = waiting;
+	pthread_rwlock_rdlock(&enabled_lock);
+	lock_pages(first, nr);
+}
+
+static void unlock_range(u64 first, u64 nr)
+{
+	unlock_pages(first, nr);
+	pthread_rwlock_unlock(&enabled_lock);
+}
+
 static void fill_page(u64 page)
 {
 	u32 gen = ++pages[page].gen;
@@ -417,6 +458,7 @@ static void drop_block(u64 first, u64 nr)
 			*page_own_word(first + page, i) = own[page * nr_vcpus + i];
 
 	free(own);
+	__sync_fetch_and_add(&nr_dropped, nr);
 }
 
 static bool can_drop(u64 first, u64 nr)
@@ -429,49 +471,60 @@ static void arm_pages(struct worker *w, u64 first, u64 nr)
 {
 	u64 page;
 
-	w->doing = "waiting to arm";
-	pthread_rwlock_rdlock(&enabled_lock);
-	lock_pages(first, nr);
+	lock_range(w, first, nr, "waiting to arm");
 
 	w->doing = "arming";
 	vm_userfault_arm(vm, page_gpa(first), nr * page_size);
-	for (page = first; page < first + nr; page++)
+	for (page = first; page < first + nr; page++) {
 		pages[page].armed = true;
+		pages[page].nr_arms++;
+	}
 
 	w->doing = "emptying pages";
-	if (can_drop(first, nr) && !random_below(w, 4))
+	/* Ranges that are made of huge pages are rare enough. */
+	if (can_drop(first, nr) && (pages_per_backing > 1 || !random_below(w, 4)))
 		drop_block(first, nr);
 	else
 		poison_pages(first, nr);
 	__sync_fetch_and_add(&nr_armed, nr);
 
-	unlock_pages(first, nr);
-	pthread_rwlock_unlock(&enabled_lock);
+	unlock_range(first, nr);
 }
 
-static void resolve_pages(struct worker *w, u64 first, u64 nr)
+/* Fill and clear those pages from @first on that are armed, return their number. */
+static u64 resolve_armed(struct worker *w, u64 first, u64 end)
 {
 	u64 page;
 
-	w->doing = "waiting to resolve";
-	pthread_rwlock_rdlock(&enabled_lock);
-	lock_pages(first, nr);
-
 	w->doing = "filling";
-	for (page = first; page < first + nr; page++) {
-		if (!pages[page].armed)
-			continue;
-
+	for (page = first; page < end && pages[page].armed; page++) {
 		fill_page(page);
 		pages[page].armed = false;
-		__sync_fetch_and_add(&nr_resolved, 1);
 	}
 
 	w->doing = "clearing";
-	vm_userfault_clear(vm, page_gpa(first), nr * page_size);
+	if (page > first)
+		vm_userfault_clear(vm, page_gpa(first), (page - first) * page_size);
 
-	unlock_pages(first, nr);
-	pthread_rwlock_unlock(&enabled_lock);
+	return page - first;
+}
+
+/*
+ * Clear just what is armed: to clear a page twice might hide that it was not clear
+ * after the first time.
+ */
+static void resolve_pages(struct worker *w, u64 first, u64 nr)
+{
+	u64 page, nr_done;
+
+	lock_range(w, first, nr, "waiting to resolve");
+
+	for (page = first; page < first + nr; page += nr_done + 1) {
+		nr_done = resolve_armed(w, page, first + nr);
+		__sync_fetch_and_add(&nr_resolved, nr_done);
+	}
+
+	unlock_range(first, nr);
 }
 
 static void check_userfault_exit(struct worker *w)
@@ -502,11 +555,25 @@ static void print_page_state(u64 page)
 	fputs("\n", stderr);
 }
 
-static void report_guest_failure(struct worker *w, struct ucall *uc)
+static void print_access(struct worker *w)
 {
 	fprintf(stderr, "%s: in %s of ", w->name, w->guest->writing ? "write" : "read");
 	print_page_state(w->guest->page);
+}
+
+static void report_guest_failure(struct worker *w, struct ucall *uc)
+{
+	print_access(w);
 	REPORT_GUEST_ASSERT(*uc);
+}
+
+static void fail_run(struct worker *w, int r, const char *expected)
+{
+	int saved_errno = errno;
+
+	print_access(w);
+	errno = saved_errno;
+	vcpu_fail_run(w->vcpu, r, expected);
 }
 
 /*
@@ -515,13 +582,14 @@ static void report_guest_failure(struct worker *w, struct ucall *uc)
  * any locking.
  */
 #define BITS_PAGES	128
+#define BITS_ROUNDS	10
 
 static bool is_vcpu_bit(u64 page)
 {
 	return page < 32 || page >= 96;
 }
 
-static void bits_run_to_userfault(struct worker *w, u64 page)
+static void bits_run_to_userfault(struct worker *w)
 {
 	struct ucall uc;
 	int r;
@@ -531,30 +599,28 @@ static void bits_run_to_userfault(struct worker *w, u64 page)
 	if (!r && get_ucall(w->vcpu, &uc) == UCALL_ABORT)
 		report_guest_failure(w, &uc);
 
-	TEST_ASSERT(vcpu_has_userfault(w->vcpu, r),
-		    "Page 0x%lx is armed, but the vCPU got past it: r %d, errno %d, exit %s",
-		    page, r, errno, exit_reason_str(w->vcpu->run->exit_reason));
+	if (!vcpu_has_userfault(w->vcpu, r))
+		fail_run(w, r, "a userfault exit for an armed page");
 	check_userfault_exit(w);
 	w->nr_userfaults++;
 }
 
-static void bits_run_to_sync(struct worker *w, u64 page)
+static void bits_run_to_sync(struct worker *w, u64 guest_cmd)
 {
 	struct ucall uc;
 	u64 cmd;
 	int r;
 
-	w->doing = "running the vCPU past the cleared page";
+	w->doing = "running the vCPU past what is clear";
 	r = _vcpu_run(w->vcpu);
-	TEST_ASSERT(!r, "Page 0x%lx is clear, but KVM_RUN failed: errno %d, exit %s",
-		    page, errno, exit_reason_str(w->vcpu->run->exit_reason));
+	if (r)
+		fail_run(w, r, "no exit for a page that is clear");
 
 	cmd = get_ucall(w->vcpu, &uc);
 	if (cmd == UCALL_ABORT)
 		report_guest_failure(w, &uc);
-	TEST_ASSERT(cmd == UCALL_SYNC && uc.args[1] == page,
-		    "%s: unexpected exit %s, ucall %lu, after access to page 0x%lx",
-		    w->name, exit_reason_str(w->vcpu->run->exit_reason), cmd, page);
+	if (cmd != UCALL_SYNC || uc.args[1] != guest_cmd)
+		fail_run(w, r, "the guest's report");
 }
 
 static void bits_vcpu(struct worker *w)
@@ -567,7 +633,7 @@ static void bits_vcpu(struct worker *w)
 
 	WRITE_ONCE(w->guest->cmd_page, page);
 	arm_pages(w, page, 1);
-	bits_run_to_userfault(w, page);
+	bits_run_to_userfault(w);
 	resolve_pages(w, page, 1);
 	bits_run_to_sync(w, page);
 }
@@ -585,6 +651,17 @@ static void bits_hammer(struct worker *w)
 	w->doing = "clearing bits";
 	for (page = first; page < first + nr; page++)
 		vm_userfault_clear(vm, page_gpa(page), page_size);
+}
+
+/* All are clear: a vCPU must get past every page.  Returns how many exits it took. */
+static u64 bits_sweep(struct worker *w)
+{
+	u64 before = vcpu_get_stat(w->vcpu, exits);
+
+	WRITE_ONCE(w->guest->cmd_page, CMD_SWEEP);
+	bits_run_to_sync(w, CMD_SWEEP);
+
+	return vcpu_get_stat(w->vcpu, exits) - before;
 }
 
 /* Phase 2. */
@@ -627,7 +704,7 @@ static void vcpus_resume(void)
 
 static int run_vcpu(struct worker *w)
 {
-	int r, saved_errno;
+	int r, saved_errno, i;
 
 	w->doing = "paused";
 	while (READ_ONCE(pause_vcpus))
@@ -635,6 +712,8 @@ static int run_vcpu(struct worker *w)
 
 	pthread_rwlock_rdlock(&run_lock);
 	w->doing = "in KVM_RUN";
+	for (i = 0; i < NR_SLOTS; i++)
+		w->slot_seqs[i] = READ_ONCE(slot_seqs[i]);
 	WRITE_ONCE(w->vcpu->run->immediate_exit, 0);
 	r = __vcpu_run(w->vcpu);
 	saved_errno = errno;
@@ -666,8 +745,10 @@ static void pick_cluster(struct worker *w, u64 page, u64 *first, u64 *nr)
 	}
 }
 
-static void pre_fault(struct worker *w, u64 page)
+/* Not at the page that the vCPU stopped at, where it would come to an end at once. */
+static void pre_fault(struct worker *w)
 {
+	u64 page = random_below(w, nr_pages);
 	u64 nr = 1 + random_below(w, min_t(u64, 64, nr_pages - page));
 	struct kvm_pre_fault_memory range = {
 		.gpa = page_gpa(page),
@@ -675,11 +756,42 @@ static void pre_fault(struct worker *w, u64 page)
 	};
 	int r;
 
+	w->doing = "waiting to pre-fault";
+	pthread_rwlock_rdlock(&pre_fault_lock);
 	w->doing = "pre-faulting";
 	r = __vcpu_ioctl(w->vcpu, KVM_PRE_FAULT_MEMORY, &range);
+	pthread_rwlock_unlock(&pre_fault_lock);
+
 	TEST_ASSERT(!r || errno == EFAULT || errno == EAGAIN || errno == EINTR ||
 		    errno == ENOENT || errno == EOPNOTSUPP,
 		    "KVM_PRE_FAULT_MEMORY failed, errno %d (%s)", errno, strerror(errno));
+}
+
+/*
+ * A vCPU that stopped at a page which somebody has cleared by now may have come
+ * too early.  It must not stop there again unless the page is armed again.  Look
+ * only if that takes no waiting, so that vCPUs race with whoever arms and clears.
+ */
+static void check_lost_clear(struct worker *w, u64 page)
+{
+	struct page_state *state = &pages[page];
+	bool armed = true;
+	u64 nr_arms = 0;
+
+	if (!pthread_rwlock_tryrdlock(&enabled_lock)) {
+		if (!pthread_mutex_trylock(&state->lock)) {
+			armed = state->armed;
+			nr_arms = state->nr_arms;
+			pthread_mutex_unlock(&state->lock);
+		}
+		pthread_rwlock_unlock(&enabled_lock);
+	}
+
+	TEST_ASSERT(armed || w->clear_page != page + 1 || w->clear_nr_arms != nr_arms,
+		    "%s stopped twice at page 0x%lx, which is clear", w->name, page);
+
+	w->clear_page = armed ? 0 : page + 1;
+	w->clear_nr_arms = nr_arms;
 }
 
 static void handle_userfault(struct worker *w)
@@ -688,10 +800,11 @@ static void handle_userfault(struct worker *w)
 	u64 first, nr;
 
 	check_userfault_exit(w);
+	check_lost_clear(w, page);
 	w->nr_userfaults++;
 
 	if (has_pre_fault && !random_below(w, 8))
-		pre_fault(w, page);
+		pre_fault(w);
 
 	/* Have another thread resolve it every now and then, and try meanwhile. */
 	if (kvm_random_bool(&w->rng)) {
@@ -710,6 +823,7 @@ static void handle_userfault(struct worker *w)
  */
 static void handle_mmio(struct worker *w)
 {
+	u64 slot = w->guest->page / pages_per_slot;
 	struct kvm_run *run = w->vcpu->run;
 	u64 *own = page_own_word(w->guest->page, w->idx);
 	u64 no_slot = NO_SLOT;
@@ -717,6 +831,9 @@ static void handle_mmio(struct worker *w)
 
 	is_own = run->mmio.phys_addr == page_gpa(w->guest->page) +
 					own_word_offset(page_size, w->idx);
+	TEST_ASSERT((w->slot_seqs[slot] & 1) || w->slot_seqs[slot] != READ_ONCE(slot_seqs[slot]),
+		    "MMIO at 0x%llx, where there was a memslot all the time",
+		    run->mmio.phys_addr);
 	TEST_ASSERT_EQ(run->mmio.len, sizeof(u64));
 	TEST_ASSERT_EQ(run->mmio.is_write, w->guest->writing);
 	TEST_ASSERT(is_own || !run->mmio.is_write, "MMIO write to 0x%llx",
@@ -730,6 +847,8 @@ static void handle_mmio(struct worker *w)
 	unlock_pages(w->guest->page, 1);
 
 	w->nr_mmio++;
+	if (!run->mmio.is_write && !is_own)
+		w->nr_no_slot++;
 }
 
 static bool is_test_mmio(struct worker *w)
@@ -737,7 +856,7 @@ static bool is_test_mmio(struct worker *w)
 	struct kvm_run *run = w->vcpu->run;
 
 	return run->exit_reason == KVM_EXIT_MMIO &&
-	       run->mmio.phys_addr >= MEM_GPA &&
+	       run->mmio.phys_addr >= AGENT_GPA &&
 	       run->mmio.phys_addr < page_gpa(nr_pages);
 }
 
@@ -753,8 +872,7 @@ static void handle_ucall(struct worker *w)
 		report_guest_failure(w, &uc);
 		break;
 	default:
-		TEST_FAIL("%s: unexpected exit %s, page 0x%lx", w->name,
-			  exit_reason_str(w->vcpu->run->exit_reason), w->guest->page);
+		fail_run(w, 0, "an exit that the guest has reason for");
 	}
 }
 
@@ -766,9 +884,8 @@ static void race_vcpu(struct worker *w)
 		return;
 
 	if (r == -1) {
-		TEST_ASSERT(vcpu_has_userfault(w->vcpu, r),
-			    "%s: KVM_RUN failed, errno %d (%s), exit %s", w->name, errno,
-			    strerror(errno), exit_reason_str(w->vcpu->run->exit_reason));
+		if (!vcpu_has_userfault(w->vcpu, r))
+			fail_run(w, r, "a userfault exit");
 		handle_userfault(w);
 	} else if (is_test_mmio(w)) {
 		handle_mmio(w);
@@ -885,6 +1002,23 @@ static void race_toggler(struct worker *w)
 }
 
 /*
+ * To delete or move a memslot, KVM may drop all page tables, not only those of the
+ * memslot.  KVM_PRE_FAULT_MEMORY must not be going on then: it would retry until
+ * its page tables are not those that were dropped, but never replaces them, and
+ * until it gives up, which takes a signal, KVM waits for it with the memslot.
+ */
+static void slot_update(struct kvm_userspace_memory_region2 *region)
+{
+	if (slot_zaps_all)
+		pthread_rwlock_wrlock(&pre_fault_lock);
+
+	vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION2, region);
+
+	if (slot_zaps_all)
+		pthread_rwlock_unlock(&pre_fault_lock);
+}
+
+/*
  * Put a memslot back where vCPUs may be in the middle of an access.  Where KVM
  * emulates accesses, have no vCPU in KVM_RUN meanwhile: a vCPU that found no
  * memslot ends up in the emulator, and if the memslot appears before the
@@ -897,7 +1031,8 @@ static void slot_insert(struct worker *w, struct kvm_userspace_memory_region2 *r
 		vcpus_pause(w);
 
 	w->doing = "inserting a memslot";
-	vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION2, region);
+	slot_update(region);
+	__sync_fetch_and_add(&slot_seqs[region->slot - FIRST_SLOT], 1);
 
 	if (KVM_EMULATES_ACCESSES)
 		vcpus_resume();
@@ -907,6 +1042,7 @@ static void slot_remove(struct worker *w, const struct kvm_userspace_memory_regi
 {
 	struct kvm_userspace_memory_region2 tmp = *region;
 
+	__sync_fetch_and_add(&slot_seqs[region->slot - FIRST_SLOT], 1);
 	if (kvm_random_bool(&w->rng)) {
 		w->doing = "moving a memslot";
 		tmp.guest_phys_addr += 2 * nr_pages * page_size;
@@ -914,7 +1050,7 @@ static void slot_remove(struct worker *w, const struct kvm_userspace_memory_regi
 		w->doing = "deleting a memslot";
 		tmp.memory_size = 0;
 	}
-	vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION2, &tmp);
+	slot_update(&tmp);
 }
 
 static void slot_get_dirty_log(struct worker *w, u32 slot)
@@ -1042,6 +1178,16 @@ static void set_mood(enum mood m)
 	WRITE_ONCE(mood, m);
 }
 
+/* Whether the memory is mapped huge is not for KVM on arm64 to tell. */
+static void sample_huge_mappings(void)
+{
+#ifdef __x86_64__
+	nr_samples++;
+	if (vm_get_stat(vm, pages_2m))
+		nr_huge_samples++;
+#endif
+}
+
 static void watch_for(u64 msecs)
 {
 	struct timespec start;
@@ -1051,6 +1197,7 @@ static void watch_for(u64 msecs)
 	do {
 		watch_workers();
 		usleep(20000);
+		sample_huge_mappings();
 		elapsed = timespec_to_ns(timespec_elapsed(start)) / 1000000;
 		set_mood(elapsed / MOOD_MSECS % NR_MOODS);
 	} while (elapsed < msecs);
@@ -1100,7 +1247,7 @@ static void stop_mutators(void)
 	nr_mutators = 0;
 }
 
-static void run_bits(u64 msecs)
+static void run_bits_round(u64 msecs)
 {
 	int i;
 
@@ -1116,20 +1263,76 @@ static void run_bits(u64 msecs)
 	watch_for(msecs);
 
 	stop_mutators();
-	for (i = 0; i < nr_vcpus; i++) {
+	for (i = 0; i < nr_vcpus; i++)
 		join_worker(&vcpu_workers[i]);
+
+	bits_sweep(&vcpu_workers[0]);
+}
+
+/* The next round would make up for what the last one has lost: look in between. */
+static void run_bits(u64 msecs)
+{
+	int i;
+
+	for (i = 0; i < BITS_ROUNDS; i++)
+		run_bits_round(msecs / BITS_ROUNDS);
+
+	for (i = 0; i < nr_vcpus; i++)
 		pr_info("Bits, %s: %lu pages armed and cleared\n",
 			vcpu_workers[i].name, vcpu_workers[i].loops);
-		WRITE_ONCE(vcpu_workers[i].guest->cmd_page, CMD_END);
+}
+
+/* Whether the memory is such that KVM has to map it by huge pages. */
+static bool is_huge(void)
+{
+	int i;
+
+	if (pages_per_backing < 512)
+		return false;
+	if (backing_src != VM_MEM_SRC_ANONYMOUS_THP)
+		return true;
+
+	for (i = 0; i < NR_SLOTS; i++) {
+		if (!is_thp(slot_hva[i], pages_per_slot * page_size)) {
+			pr_info("The host gave no transparent huge pages\n");
+			return false;
+		}
 	}
+
+	return true;
+}
+
+/*
+ * Unmap all of the memory, and see how many faults it takes to map it again.  An
+ * interrupt of the host is an exit as well, so try again if there are too many.
+ */
+static void check_huge_mappings(void)
+{
+	u64 exits = -1;
+	int i;
+
+	if (!is_huge())
+		return;
+
+	for (i = 0; i < 5 && exits >= nr_pages / 16; i++) {
+		vm_userfault_arm(vm, AGENT_GPA, nr_pages * page_size);
+		vm_userfault_clear(vm, AGENT_GPA, nr_pages * page_size);
+		exits = bits_sweep(&vcpu_workers[0]);
+		pr_info("Huge mappings: %lu exits for %lu pages\n", exits, nr_pages);
+	}
+
+	TEST_ASSERT(exits < nr_pages / 16, "Huge pages are not mapped as such");
 }
 
 static void run_race(u64 msecs)
 {
 	int i;
 
+	nr_samples = 0;
+	nr_huge_samples = 0;
 	WRITE_ONCE(stop_workers, false);
 	for (i = 0; i < nr_vcpus; i++) {
+		WRITE_ONCE(vcpu_workers[i].guest->cmd_page, CMD_END);
 		vcpu_workers[i].op = race_vcpu;
 		vcpu_workers[i].progress = &vcpu_workers[i].guest->progress;
 		start_worker(&vcpu_workers[i], race_vcpu_main);
@@ -1149,9 +1352,13 @@ static void run_race(u64 msecs)
 		pr_info("Race, %s: %lu accesses, %lu userfault exits, %lu MMIO exits\n",
 			vcpu_workers[i].name, vcpu_workers[i].guest->progress,
 			vcpu_workers[i].nr_userfaults, vcpu_workers[i].nr_mmio);
+		TEST_ASSERT_EQ(vcpu_workers[i].guest->nr_no_slot, vcpu_workers[i].nr_no_slot);
 	}
-	pr_info("Race: %lu pages armed, %lu resolved, %lu times off and on, %lu slot operations\n",
-		nr_armed, nr_resolved, nr_toggles, nr_slot_ops);
+	pr_info("Race: %lu pages armed, %lu dropped, %lu resolved, %lu times off and on, %lu slot operations\n",
+		nr_armed, nr_dropped, nr_resolved, nr_toggles, nr_slot_ops);
+	if (nr_samples)
+		pr_info("Race: huge mappings in %lu of %lu samples\n",
+			nr_huge_samples, nr_samples);
 }
 
 /* What the guest believes to have written must be what the memory holds. */
@@ -1178,6 +1385,7 @@ static void init_locks(void)
 	pthread_rwlockattr_init(&attr);
 	pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
 	pthread_rwlock_init(&enabled_lock, &attr);
+	pthread_rwlock_init(&pre_fault_lock, &attr);
 	pthread_rwlock_init(&run_lock, NULL);
 }
 
@@ -1191,7 +1399,14 @@ static void init_sizes(void)
 	pages_per_block = block_size / page_size;
 	pages_per_slot = pages_per_block * BLOCKS_PER_SLOT;
 	nr_pages = pages_per_slot * NR_SLOTS;
-	TEST_ASSERT(nr_pages >= BITS_PAGES && nr_pages < 1 << 24, "%lu pages", nr_pages);
+	TEST_ASSERT(nr_pages >= BITS_PAGES, "%lu pages", nr_pages);
+
+	__TEST_REQUIRE(nr_pages <= MAX_PAGES, "Pages of %lu MiB are too large to race for",
+		       backing_size / SZ_1M);
+	__TEST_REQUIRE(!is_backing_src_hugetlb(backing_src) ||
+		       has_hugetlb(backing_size, nr_pages / pages_per_backing),
+		       "%lu reserved pages of %lu MiB are needed",
+		       nr_pages / pages_per_backing, backing_size / SZ_1M);
 }
 
 static void add_slots(void)
@@ -1209,9 +1424,9 @@ static void add_slots(void)
 
 #ifdef __x86_64__
 	/* Huge, so that shadow paging can use huge pages too. */
-	virt_map_level(vm, MEM_GPA, MEM_GPA, nr_pages * page_size, PG_LEVEL_2M);
+	virt_map_level(vm, AGENT_GPA, AGENT_GPA, nr_pages * page_size, PG_LEVEL_2M);
 #else
-	virt_map(vm, MEM_GPA, MEM_GPA, guest_pages * NR_SLOTS);
+	virt_map(vm, AGENT_GPA, AGENT_GPA, guest_pages * NR_SLOTS);
 #endif
 }
 
@@ -1265,18 +1480,29 @@ static void init_vcpu(struct kvm_vcpu *vcpu, int idx, gva_t shared_gva)
 	vcpu_args_set(vcpu, 2, shared_gva, (u64)idx);
 }
 
+/* For the two arrays of each vCPU, and the page tables for the test's memory. */
+static u64 nr_extra_pages(void)
+{
+	u64 guest_page_size = vm_guest_mode_params[VM_MODE_DEFAULT].page_size;
+	u64 nr_ptes = nr_pages * page_size / guest_page_size;
+	u64 arrays = 2 * nr_vcpus * DIV_ROUND_UP(nr_pages * sizeof(u64), guest_page_size);
+	u64 tables = 2 * DIV_ROUND_UP(nr_ptes, ptes_per_page(guest_page_size));
+
+	return arrays + tables;
+}
+
 static void init_vm(void)
 {
 	struct kvm_vcpu *vcpus[MAX_VCPUS];
 	gva_t shared_gva;
 	int i;
 
-	/* Twice: page tables for the memory, and the arrays of each vCPU. */
-	vm = __vm_create_with_vcpus(VM_SHAPE_DEFAULT, nr_vcpus, nr_pages * 2,
+	vm = __vm_create_with_vcpus(VM_SHAPE_DEFAULT, nr_vcpus, nr_extra_pages(),
 				    guest_code, vcpus);
 #ifdef __x86_64__
 	/* Zap the memslot's mappings only, instead of the MMU as a whole. */
-	if (kvm_random_bool(&kvm_rng)) {
+	slot_zaps_all = kvm_random_bool(&kvm_rng);
+	if (!slot_zaps_all) {
 		pr_info("Disabling KVM_X86_QUIRK_SLOT_ZAP_ALL\n");
 		vm_enable_cap(vm, KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL);
 	}
@@ -1333,17 +1559,21 @@ int main(int argc, char *argv[])
 	has_pre_fault = kvm_has_cap(KVM_CAP_PRE_FAULT_MEMORY);
 	sigaction(SIGUSR1, &sa, NULL);
 
+	__TEST_REQUIRE(backing_src != VM_MEM_SRC_ANONYMOUS_THP || thp_configured(),
+		       "There are no transparent huge pages");
+
 	init_locks();
 	init_sizes();
 	init_vm();
 
 	vm_userfault_enable(vm);
 	run_bits(seconds * 1000 / 4);
+	check_huge_mappings();
 	run_race(seconds * 1000 * 3 / 4);
 	verify_own_words();
 
 	/* Have KVM destroy a VM that has armed pages. */
-	vm_userfault_arm(vm, MEM_GPA, nr_pages * page_size);
+	vm_userfault_arm(vm, AGENT_GPA, nr_pages * page_size);
 	kvm_vm_free(vm);
 
 	return 0;

@@ -9,10 +9,13 @@
  */
 #include <pthread.h>
 #include <sched.h>
+#include <semaphore.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <linux/bitmap.h>
 #include <linux/sizes.h>
@@ -23,14 +26,7 @@
 #include "test_util.h"
 #include "ucall_common.h"
 #include "userfault_util.h"
-
-/* The kernels that run this with every debug option on are slow. */
-#define TEST_TIMEOUT_SECS	120
-
-#define userfault_test(fixture, name) \
-	TEST_F_TIMEOUT(fixture, name, TEST_TIMEOUT_SECS)
-
-#define NR_PAGES		64
+#include "userfaultfd_util.h"
 
 #define ONE_TIB			BIT_ULL(40)
 
@@ -46,11 +42,6 @@
 #define NR_COUNTED_PAGES	512
 
 static u64 page_size;
-
-static u64 page_gpa(u64 page)
-{
-	return AGENT_GPA + page * page_size;
-}
 
 /* The number of exits that reading @nr_pages costs the guest. */
 static u64 count_exits(struct kvm_vcpu *vcpu, gva_t gva, u64 nr_pages)
@@ -81,15 +72,6 @@ static void assert_mapped_small(struct kvm_vcpu *vcpu, gva_t gva, u64 nr_pages)
 	TEST_ASSERT(exits > MAX_NOISE_EXITS,
 		    "%lu exits for %lu pages that must be mapped one by one",
 		    exits, nr_pages);
-}
-
-static u64 now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-
-	return timespec_to_ns(ts);
 }
 
 /*
@@ -287,10 +269,9 @@ FIXTURE(userfault) {
 
 FIXTURE_SETUP(userfault)
 {
-	self->vm = agent_create_vm(VM_SHAPE_DEFAULT, 1, &self->vcpu);
-	self->hva = agent_add_memory(self->vm, VM_MEM_SRC_ANONYMOUS, AGENT_GPA,
-				     AGENT_SLOT, NR_PAGES, 0);
-	vm_userfault_enable(self->vm);
+	self->vm = agent_create_vm_with_memory(VM_MEM_SRC_ANONYMOUS, NR_PAGES,
+					       &self->vcpu);
+	self->hva = memslot2region(self->vm, AGENT_SLOT)->host_mem;
 }
 
 FIXTURE_TEARDOWN(userfault)
@@ -422,7 +403,8 @@ userfault_test(userfault, arming_and_clearing_can_be_repeated)
 /*
  * Pages share words of the bitmap, but not their fate: one thread changes every
  * other page while another one changes those in between.  Each goes to and fro
- * for a while, so that one is at it for sure when the other one has its last go.
+ * for a while, so that one is likely to be at it when the other one has its last
+ * go, and there are several rounds.
  */
 #define NR_ROUNDS	4
 #define NR_PASSES	51
@@ -632,52 +614,76 @@ userfault_test(edges, memory_is_used_by_what_is_armed)
 	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_bitmap_pages), 0);
 }
 
-/* Far above all memory, as a VMM does that arms the whole of a big guest. */
-userfault_test(edges, one_tib_is_cheap)
+/*
+ * Arming 1 TiB takes a second at most, which kernels with debug options may well
+ * exceed.  The machine may be busy with something else, so it is the time of this
+ * thread that counts, and one good try of several.
+ */
+#define NR_TRIES	5
+
+static u64 cpu_time_limit_ns(void)
 {
-	u64 nr_bitmap_pages = ONE_TIB / self->chunk;
-	gpa_t last = self->gpa + (EDGE_PAGES - 1) * page_size;
-	u64 armed, cleared, start;
+	return access("/proc/lockdep", F_OK) ? NSEC_PER_SEC : 20 * NSEC_PER_SEC;
+}
 
-	start = now_ns();
-	vm_userfault_arm(self->vm, AGENT_GPA, ONE_TIB);
-	armed = now_ns() - start;
-	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_bitmap_pages), nr_bitmap_pages);
-	TEST_ASSERT(agent_probe(self->vcpu, last, last, USERFAULT_READ),
-		    "Memory inside what was armed is not armed");
+/* Change the userfault attribute of 1 TiB, and return how long that took. */
+static u64 time_one_tib(struct kvm_vm *vm, u64 attributes, u64 flags)
+{
+	struct timespec start, end;
 
-	start = now_ns();
-	vm_userfault_clear(self->vm, AGENT_GPA, ONE_TIB);
-	cleared = now_ns() - start;
-	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, self->gpa, EDGE_PAGES), 0);
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &start);
+	vm_change_attributes(vm, AGENT_GPA, ONE_TIB, attributes, flags);
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &end);
 
-	vm_userfault_disable(self->vm);
-	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_bitmap_pages), 0);
+	return timespec_to_ns(timespec_sub(end, start));
+}
 
-	ksft_print_msg("1 TiB: armed in %lu ms, cleared in %lu ms, %lu KiB\n",
-		       armed / 1000000, cleared / 1000000,
+/* Far above all memory, as a VMM does that arms the whole of a big guest. */
+static void assert_one_tib_is_cheap(struct kvm_vcpu *vcpu, gpa_t gpa, u64 set_flags,
+				    u64 clear_flags, u64 clear_attributes)
+{
+	u64 nr_bitmap_pages = ONE_TIB / page_size / CHUNK_PAGES;
+	gpa_t last = gpa + (EDGE_PAGES - 1) * page_size;
+	u64 best_armed = -1, best_cleared = -1;
+	u64 limit = cpu_time_limit_ns();
+	struct kvm_vm *vm = vcpu->vm;
+	int i;
+
+	for (i = 0; i < NR_TRIES && max(best_armed, best_cleared) >= limit; i++) {
+		best_armed = min(best_armed,
+				 time_one_tib(vm, KVM_MEMORY_ATTRIBUTE_USERFAULT, set_flags));
+		TEST_ASSERT_EQ(vm_get_stat(vm, userfault_bitmap_pages), nr_bitmap_pages);
+		TEST_ASSERT(agent_probe(vcpu, last, last, USERFAULT_READ),
+			    "Memory inside what was armed is not armed");
+
+		best_cleared = min(best_cleared,
+				   time_one_tib(vm, clear_attributes, clear_flags));
+		TEST_ASSERT_EQ(agent_do(vcpu, AGENT_CHECK, gpa, EDGE_PAGES), 0);
+
+		vm_userfault_disable(vm);
+		TEST_ASSERT_EQ(vm_get_stat(vm, userfault_bitmap_pages), 0);
+		vm_userfault_enable(vm);
+	}
+
+	ksft_print_msg("1 TiB: armed in %lu ms, cleared in %lu ms of CPU time, %lu KiB\n",
+		       best_armed / 1000000, best_cleared / 1000000,
 		       nr_bitmap_pages * page_size / SZ_1K);
 
-	/* A second is the aim, which kernels with debug options do not reach. */
-	TEST_ASSERT(armed < 10 * NSEC_PER_SEC, "Arming 1 TiB took %lu ns", armed);
+	TEST_ASSERT(best_armed < limit, "Arming took %lu ns", best_armed);
+	TEST_ASSERT(best_cleared < limit, "Clearing took %lu ns", best_cleared);
+}
+
+userfault_test(edges, one_tib_is_cheap)
+{
+	assert_one_tib_is_cheap(self->vcpu, self->gpa, KVM_MEMORY_ATTRIBUTES_SET,
+				KVM_MEMORY_ATTRIBUTES_CLEAR,
+				KVM_MEMORY_ATTRIBUTE_USERFAULT);
 }
 
 /* Nor is it dearer to replace attributes of which no other is in use. */
 userfault_test(edges, one_tib_is_cheap_to_replace)
 {
-	gpa_t last = self->gpa + (EDGE_PAGES - 1) * page_size;
-	u64 start, ns;
-
-	start = now_ns();
-	vm_change_attributes(self->vm, AGENT_GPA, ONE_TIB,
-			     KVM_MEMORY_ATTRIBUTE_USERFAULT, 0);
-	TEST_ASSERT(agent_probe(self->vcpu, last, last, USERFAULT_READ),
-		    "Memory inside what was armed is not armed");
-	vm_change_attributes(self->vm, AGENT_GPA, ONE_TIB, 0, 0);
-	ns = now_ns() - start;
-	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, self->gpa, EDGE_PAGES), 0);
-
-	TEST_ASSERT(ns < 20 * NSEC_PER_SEC, "Replacing 1 TiB twice took %lu ns", ns);
+	assert_one_tib_is_cheap(self->vcpu, self->gpa, 0, 0, 0);
 }
 
 /*
@@ -693,7 +699,6 @@ FIXTURE(memory) {
 
 FIXTURE_VARIANT(memory) {
 	enum vm_mem_backing_src_type src;
-	bool gmem;
 };
 
 FIXTURE_VARIANT_ADD(memory, anonymous) {
@@ -713,59 +718,8 @@ FIXTURE_VARIANT_ADD(memory, shmem) {
 };
 
 FIXTURE_VARIANT_ADD(memory, guest_memfd) {
-	.src = VM_MEM_SRC_ANONYMOUS,
-	.gmem = true,
+	.src = VM_MEM_SRC_GUEST_MEMFD,
 };
-
-#define GUEST_MEMFD_FLAGS	(GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)
-
-static bool has_mappable_guest_memfd(void)
-{
-	return kvm_has_cap(KVM_CAP_GUEST_MEMFD) &&
-	       (kvm_check_cap(KVM_CAP_GUEST_MEMFD_FLAGS) & GUEST_MEMFD_FLAGS) ==
-	       GUEST_MEMFD_FLAGS;
-}
-
-/* Memory that KVM knows by its file alone, and the test by a mapping of that. */
-static void *add_guest_memfd(struct kvm_vm *vm, gpa_t gpa, u64 nr_pages)
-{
-	u64 size = nr_pages * page_size;
-	void *hva;
-	int fd;
-
-	fd = vm_create_guest_memfd(vm, size, GUEST_MEMFD_FLAGS);
-	hva = kvm_mmap(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
-	vm_mem_add(vm, VM_MEM_SRC_ANONYMOUS, gpa, AGENT_SLOT, size / vm->page_size,
-		   KVM_MEM_GUEST_MEMFD, fd, 0);
-	close(fd);
-
-	agent_map(vm, gpa, gpa, size);
-	agent_fill(hva, gpa, nr_pages);
-
-	return hva;
-}
-
-/* Whether the mapping that @hva is in has a transparent huge page. */
-static bool is_thp(void *hva)
-{
-	unsigned long start, end, kib;
-	bool found = false;
-	char line[256];
-	FILE *f;
-
-	f = fopen("/proc/self/smaps", "r");
-	TEST_ASSERT(f, "Cannot open /proc/self/smaps");
-
-	while (fgets(line, sizeof(line), f)) {
-		if (sscanf(line, "%lx-%lx ", &start, &end) == 2)
-			found = (u64)hva >= start && (u64)hva < end;
-		else if (found && sscanf(line, "AnonHugePages: %lu kB", &kib) == 1)
-			break;
-	}
-	fclose(f);
-
-	return found && kib;
-}
 
 FIXTURE_SETUP(memory)
 {
@@ -775,25 +729,21 @@ FIXTURE_SETUP(memory)
 		SKIP(return, "4 MiB of reserved 2 MiB pages are needed");
 	if (variant->src == VM_MEM_SRC_ANONYMOUS_THP && !thp_configured())
 		SKIP(return, "There are no transparent huge pages");
-	if (variant->gmem && !has_mappable_guest_memfd())
+	if (variant->src == VM_MEM_SRC_GUEST_MEMFD && !kvm_has_mappable_guest_memfd())
 		SKIP(return, "There is no guest_memfd that can be mapped");
 
 	self->vm = agent_create_vm(VM_SHAPE_DEFAULT, 1, &self->vcpu);
-	if (variant->gmem)
-		self->hva = add_guest_memfd(self->vm, AGENT_GPA, self->nr_pages);
-	else
-		self->hva = agent_add_memory(self->vm, variant->src, AGENT_GPA,
-					     AGENT_SLOT, self->nr_pages, 0);
-	if (variant->src == VM_MEM_SRC_ANONYMOUS_THP && !is_thp(self->hva))
-		SKIP(return, "The host gave no transparent huge page");
+	self->hva = agent_add_memory(self->vm, variant->src, AGENT_GPA, AGENT_SLOT,
+				     self->nr_pages, 0);
+	if (variant->src == VM_MEM_SRC_ANONYMOUS_THP &&
+	    !is_thp(self->hva, self->nr_pages * page_size))
+		SKIP(return, "The host gave no transparent huge pages");
 
 	vm_userfault_enable(self->vm);
 }
 
 FIXTURE_TEARDOWN(memory)
 {
-	if (variant->gmem)
-		kvm_munmap(self->hva, self->nr_pages * page_size);
 	kvm_vm_free(self->vm);
 }
 
@@ -814,62 +764,47 @@ static void put_payload(void *hva)
 	__builtin___clear_cache(hva, hva + PAYLOAD_SIZE);
 }
 
-/* Each kind of access, to memory that was never mapped, is reported as such. */
-userfault_test(memory, every_access_is_reported)
+/* Each kind of access, each of them to a page of its own, is reported as such. */
+static void assert_every_access_is_reported(struct kvm_vcpu *vcpu, void *hva)
 {
 	u64 val = 0x1122334455667788;
-	u64 *word = self->hva + page_size;
+	u64 *word = hva + page_size;
 
-	vm_userfault_arm(self->vm, page_gpa(0), 3 * page_size);
+	vm_userfault_arm(vcpu->vm, page_gpa(0), 3 * page_size);
 
-	agent_expect_userfault(self->vcpu, AGENT_READ, page_gpa(0), 0, page_gpa(0),
+	agent_expect_userfault(vcpu, AGENT_READ, page_gpa(0), 0, page_gpa(0),
 			       USERFAULT_READ);
-	vm_userfault_clear(self->vm, page_gpa(0), page_size);
-	TEST_ASSERT_EQ(agent_finish(self->vcpu), agent_page_content(page_gpa(0)));
+	vm_userfault_clear(vcpu->vm, page_gpa(0), page_size);
+	TEST_ASSERT_EQ(agent_finish(vcpu), agent_page_content(page_gpa(0)));
 
-	agent_expect_userfault(self->vcpu, AGENT_WRITE, page_gpa(1), val, page_gpa(1),
+	agent_expect_userfault(vcpu, AGENT_WRITE, page_gpa(1), val, page_gpa(1),
 			       USERFAULT_WRITE);
 	TEST_ASSERT_EQ(READ_ONCE(*word), agent_page_content(page_gpa(1)));
-	vm_userfault_clear(self->vm, page_gpa(1), page_size);
-	agent_finish(self->vcpu);
+	vm_userfault_clear(vcpu->vm, page_gpa(1), page_size);
+	agent_finish(vcpu);
 	TEST_ASSERT_EQ(READ_ONCE(*word), val);
 
-	agent_expect_userfault(self->vcpu, AGENT_EXEC, page_gpa(2), 11, page_gpa(2),
+	agent_expect_userfault(vcpu, AGENT_EXEC, page_gpa(2), 11, page_gpa(2),
 			       USERFAULT_EXEC);
-	put_payload(self->hva + 2 * page_size);
-	vm_userfault_clear(self->vm, page_gpa(2), page_size);
-	TEST_ASSERT_EQ(agent_finish(self->vcpu), 34);
+	put_payload(hva + 2 * page_size);
+	vm_userfault_clear(vcpu->vm, page_gpa(2), page_size);
+	TEST_ASSERT_EQ(agent_finish(vcpu), 34);
+}
+
+userfault_test(memory, every_access_is_reported)
+{
+	assert_every_access_is_reported(self->vcpu, self->hva);
 }
 
 /* The same once it is mapped: arming must take it away again. */
 userfault_test(memory, every_access_is_reported_once_mapped)
 {
-	u64 val = 0x1122334455667788;
-	u64 *word = self->hva + page_size;
-
 	put_payload(self->hva + 2 * page_size);
 	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, page_gpa(0), 2), 0);
 	agent_do(self->vcpu, AGENT_WRITE, page_gpa(1), agent_page_content(page_gpa(1)));
 	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_EXEC, page_gpa(2), 1), 4);
 
-	vm_userfault_arm(self->vm, page_gpa(0), 3 * page_size);
-
-	agent_expect_userfault(self->vcpu, AGENT_READ, page_gpa(0), 0, page_gpa(0),
-			       USERFAULT_READ);
-	vm_userfault_clear(self->vm, page_gpa(0), page_size);
-	TEST_ASSERT_EQ(agent_finish(self->vcpu), agent_page_content(page_gpa(0)));
-
-	agent_expect_userfault(self->vcpu, AGENT_WRITE, page_gpa(1), val, page_gpa(1),
-			       USERFAULT_WRITE);
-	TEST_ASSERT_EQ(READ_ONCE(*word), agent_page_content(page_gpa(1)));
-	vm_userfault_clear(self->vm, page_gpa(1), page_size);
-	agent_finish(self->vcpu);
-	TEST_ASSERT_EQ(READ_ONCE(*word), val);
-
-	agent_expect_userfault(self->vcpu, AGENT_EXEC, page_gpa(2), 11, page_gpa(2),
-			       USERFAULT_EXEC);
-	vm_userfault_clear(self->vm, page_gpa(2), page_size);
-	TEST_ASSERT_EQ(agent_finish(self->vcpu), 34);
+	assert_every_access_is_reported(self->vcpu, self->hva);
 }
 
 /* The content that arrives after the exit is what the guest gets to see. */
@@ -921,7 +856,7 @@ userfault_test(memory, neighbours_stay_mapped_and_intact)
 	memset(self->hva + page * page_size, 0xdb, page_size);
 
 	assert_mapped(self->vcpu, AGENT_GPA, half);
-	if (variant->src == VM_MEM_SRC_ANONYMOUS || variant->src == VM_MEM_SRC_SHMEM)
+	if (!backing_src_can_be_huge(variant->src))
 		assert_mapped(self->vcpu, page_gpa(page + 1), self->nr_pages - page - 1);
 	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, page_gpa(half), 7), 0);
 	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, page_gpa(page + 1),
@@ -974,6 +909,7 @@ userfault_test(memory, neighbours_are_not_mapped_along)
 struct spinner {
 	struct kvm_vcpu *vcpu;
 	enum agent_exit exit;
+	atomic_bool done;
 };
 
 static void *spinner_thread(void *arg)
@@ -981,6 +917,7 @@ static void *spinner_thread(void *arg)
 	struct spinner *spinner = arg;
 
 	spinner->exit = agent_run(spinner->vcpu);
+	atomic_store(&spinner->done, true);
 
 	return NULL;
 }
@@ -994,8 +931,9 @@ userfault_test(memory, arming_stops_a_running_vcpu)
 
 	agent_request(self->vcpu, AGENT_SPIN, AGENT_GPA, initial);
 	kvm_pthread_create(&thread, NULL, spinner_thread, &spinner);
-	while (!agent_is_spinning(self->vcpu))
+	while (!agent_is_spinning(self->vcpu) && !atomic_load(&spinner.done))
 		sched_yield();
+	TEST_ASSERT(!atomic_load(&spinner.done), "KVM_RUN returned before the page was armed");
 
 	/* What is written once the ioctl has returned is seen by nobody. */
 	vm_userfault_arm(self->vm, AGENT_GPA, page_size);
@@ -1150,7 +1088,7 @@ userfault_test(userfault, all_of_a_guest_is_armed)
 	struct userspace_mem_region *region = memslot2region(self->vm, 0);
 	u64 size = region->region.memory_size;
 	struct kvm_vcpu *vcpu = self->vcpu;
-	u64 offset, nr_filled = 0;
+	u64 offset, flags, nr_filled = 0, seen = 0;
 	enum agent_exit exit;
 	void *content;
 
@@ -1177,6 +1115,16 @@ userfault_test(userfault, all_of_a_guest_is_armed)
 		offset = vcpu->run->memory_fault.gpa - region->region.guest_phys_addr;
 		TEST_ASSERT(offset < size, "Exit for %#llx, which is not armed",
 			    vcpu->run->memory_fault.gpa);
+		TEST_ASSERT_EQ(vcpu->run->memory_fault.size, page_size);
+
+		/* Walks of the guest's page tables are reads or writes, too. */
+		flags = vcpu->run->memory_fault.flags;
+		TEST_ASSERT(flags == USERFAULT_READ || flags == USERFAULT_WRITE ||
+			    flags == USERFAULT_EXEC,
+			    "Exit for %#llx with flags %#lx",
+			    vcpu->run->memory_fault.gpa, flags);
+		seen |= flags;
+
 		memcpy(region->host_mem + offset, content + offset, page_size);
 		vm_userfault_clear(self->vm, vcpu->run->memory_fault.gpa, page_size);
 		nr_filled++;
@@ -1187,6 +1135,7 @@ userfault_test(userfault, all_of_a_guest_is_armed)
 	TEST_ASSERT_EQ(exit, AGENT_DONE);
 	/* Code, stack and mailbox at the least. */
 	TEST_ASSERT(nr_filled >= 3, "Only %lu pages were asked for", nr_filled);
+	TEST_ASSERT(seen & KVM_MEMORY_EXIT_FLAG_EXEC, "The guest runs, but no code was asked for");
 	TEST_ASSERT_EQ(vcpu_get_stat(vcpu, userfault_exits), nr_filled);
 
 	free(content);
@@ -1355,7 +1304,6 @@ userfault_test(userfault, dirty_logging_sees_the_write_and_not_the_exit)
 FIXTURE(huge) {
 	struct kvm_vcpu *vcpu;
 	struct kvm_vm *vm;
-	void *hva;
 	u64 nr_pages;
 };
 
@@ -1369,11 +1317,8 @@ FIXTURE_SETUP(huge)
 		SKIP(return, "6 MiB of reserved 2 MiB pages are needed");
 
 	self->nr_pages = SZ_2M / page_size;
-	self->vm = agent_create_vm(VM_SHAPE_DEFAULT, 1, &self->vcpu);
-	self->hva = agent_add_memory(self->vm, VM_MEM_SRC_ANONYMOUS_HUGETLB_2MB,
-				     AGENT_GPA, AGENT_SLOT,
-				     NR_BLOCKS * self->nr_pages, 0);
-	vm_userfault_enable(self->vm);
+	self->vm = agent_create_vm_with_memory(VM_MEM_SRC_ANONYMOUS_HUGETLB_2MB,
+					       NR_BLOCKS * self->nr_pages, &self->vcpu);
 }
 
 FIXTURE_TEARDOWN(huge)
@@ -1442,6 +1387,14 @@ static void assert_block(struct kvm_vcpu *vcpu, gpa_t block)
 {
 	vm_userfault_arm(vcpu->vm, block, page_size);
 	assert_mapped_small(vcpu, block + page_size, SZ_2M / page_size - 1);
+	vm_userfault_clear(vcpu->vm, block, page_size);
+}
+
+/* The opposite: all of it is mapped, the first page included, but one by one. */
+static void assert_no_block(struct kvm_vcpu *vcpu, gpa_t block)
+{
+	vm_userfault_arm(vcpu->vm, block, page_size);
+	assert_mapped(vcpu, block + page_size, SZ_2M / page_size - 1);
 	vm_userfault_clear(vcpu->vm, block, page_size);
 }
 
@@ -1516,15 +1469,28 @@ userfault_test(huge, disabling_with_armed_pages_brings_blocks_back)
 	assert_blocks_recovered(self->vcpu);
 }
 
-/* Dirty logging keeps them small, until it ends. */
+/*
+ * Dirty logging keeps them small, until it ends.  x86 recovers them then, whatever
+ * made them small.  arm64 takes them away when userfault is disabled, so the guest
+ * must not map them again, page by page, until logging has ended.
+ */
 userfault_test(huge, dirty_logging_defers_blocks)
 {
+	u64 i;
+
 	map_blocks_small(self->vcpu);
 	vm_mem_region_set_flags(self->vm, AGENT_SLOT, KVM_MEM_LOG_DIRTY_PAGES);
+
 	vm_userfault_disable(self->vm);
-	vm_mem_region_set_flags(self->vm, AGENT_SLOT, 0);
 	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, AGENT_GPA,
 				NR_BLOCKS * self->nr_pages), 0);
+	vm_userfault_enable(self->vm);
+	for (i = 0; i < NR_BLOCKS; i++)
+		assert_no_block(self->vcpu, AGENT_GPA + i * SZ_2M);
+
+	vm_userfault_disable(self->vm);
+	vm_mem_region_set_flags(self->vm, AGENT_SLOT, 0);
+	assert_blocks_recovered(self->vcpu);
 }
 
 /*
@@ -1638,6 +1604,121 @@ userfault_test(gigantic, disabling_brings_the_block_back)
 }
 
 /*
+ * Locks.  A VMM may have to fill a page for a VM ioctl to go on, in which case
+ * clearing the page must not wait for that ioctl.  KVM_GET_DIRTY_LOG is one that
+ * writes to the memory of the VMM with slots_lock held: have it write to a page
+ * that userfaultfd does not fill until the test says so.
+ */
+#define WAIT_SECS	20
+
+static sem_t lock_taken, lock_release;
+
+static int hold_page(int uffd_mode, int uffd, struct uffd_msg *msg)
+{
+	struct uffdio_zeropage zero = {
+		.range.start = msg->arg.pagefault.address & ~(page_size - 1),
+		.range.len = page_size,
+	};
+
+	sem_post(&lock_taken);
+	sem_wait(&lock_release);
+
+	return ioctl(uffd, UFFDIO_ZEROPAGE, &zero);
+}
+
+struct lock_holder {
+	struct kvm_vm *vm;
+	void *bitmap;
+};
+
+static void *lock_holder_thread(void *arg)
+{
+	struct lock_holder *holder = arg;
+
+	kvm_vm_get_dirty_log(holder->vm, AGENT_SLOT, holder->bitmap);
+
+	return NULL;
+}
+
+static void *arming_thread(void *arg)
+{
+	vm_userfault_arm(arg, page_gpa(1), page_size);
+
+	return NULL;
+}
+
+/* Fill the page that the vCPU has stopped at, and run it on. */
+static void *resolving_thread(void *arg)
+{
+	struct kvm_vcpu *vcpu = arg;
+
+	vm_userfault_clear(vcpu->vm, page_gpa(0), page_size);
+	TEST_ASSERT_EQ(agent_finish(vcpu), agent_page_content(page_gpa(0)));
+
+	return NULL;
+}
+
+static struct timespec deadline_in(int secs)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_REALTIME, &ts);
+	ts.tv_sec += secs;
+
+	return ts;
+}
+
+userfault_test(userfault, clearing_waits_for_no_other_ioctl)
+{
+	pthread_t holder_thread, resolver, armer;
+	struct lock_holder holder = { .vm = self->vm };
+	struct uffd_desc *uffd_desc;
+	bool resolved, armed;
+	struct timespec ts;
+	int uffd;
+
+	uffd = syscall(__NR_userfaultfd, O_CLOEXEC);
+	if (uffd < 0)
+		SKIP(return, "There is no userfaultfd for faults of the kernel");
+	close(uffd);
+
+	vm_mem_region_set_flags(self->vm, AGENT_SLOT, KVM_MEM_LOG_DIRTY_PAGES);
+	vm_userfault_arm(self->vm, page_gpa(0), page_size);
+	agent_expect_userfault(self->vcpu, AGENT_READ, page_gpa(0), 0, page_gpa(0),
+			       USERFAULT_READ);
+
+	sem_init(&lock_taken, 0, 0);
+	sem_init(&lock_release, 0, 0);
+	holder.bitmap = kvm_mmap(page_size, PROT_READ | PROT_WRITE,
+				 MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	uffd_desc = uffd_setup_demand_paging(UFFDIO_REGISTER_MODE_MISSING, 0,
+					     holder.bitmap, page_size, 1, hold_page);
+	kvm_pthread_create(&holder_thread, NULL, lock_holder_thread, &holder);
+	ts = deadline_in(WAIT_SECS);
+	TEST_ASSERT(!sem_timedwait(&lock_taken, &ts), "KVM_GET_DIRTY_LOG does not fault");
+
+	/* Arming does wait: unlike clearing, it is an update of the VM's memory. */
+	kvm_pthread_create(&armer, NULL, arming_thread, self->vm);
+	kvm_pthread_create(&resolver, NULL, resolving_thread, self->vcpu);
+	ts = deadline_in(WAIT_SECS);
+	resolved = !pthread_timedjoin_np(resolver, NULL, &ts);
+	usleep(100000);
+	armed = !pthread_tryjoin_np(armer, NULL);
+
+	/* Whatever came of it, let all threads go on. */
+	sem_post(&lock_release);
+	kvm_pthread_join(holder_thread, NULL);
+	TEST_ASSERT(resolved, "Clearing a page waited for another ioctl");
+	TEST_ASSERT(!armed, "The other ioctl held no lock, so that this tests nothing");
+	kvm_pthread_join(armer, NULL);
+
+	uffd_stop_demand_paging(uffd_desc);
+	kvm_munmap(holder.bitmap, page_size);
+	TEST_ASSERT(agent_probe(self->vcpu, page_gpa(1), page_gpa(1), USERFAULT_READ),
+		    "Having waited, arming did not arm the page");
+}
+
+/*
  * Disabling.
  */
 
@@ -1670,8 +1751,7 @@ userfault_test(userfault, enabling_again_starts_clean)
 struct runner {
 	struct kvm_vcpu *vcpu;
 	atomic_bool *stop;
-	u64 nr_sweeps;
-	u64 nr_exits;
+	atomic_ulong nr_exits;
 };
 
 /* Clearing a page may meet userfault being off, which is as good. */
@@ -1699,16 +1779,31 @@ static void *runner_thread(void *arg)
 			exit = agent_run(vcpu);
 			if (exit != AGENT_USERFAULT)
 				break;
-			if (++runner->nr_exits % 16)
+			if (atomic_fetch_add(&runner->nr_exits, 1) % 16)
 				runner_resolve(vcpu);
 			else
 				sched_yield();
 		}
 		TEST_ASSERT_EQ(exit, AGENT_DONE);
-		runner->nr_sweeps++;
 	} while (!atomic_load(runner->stop));
 
 	return NULL;
+}
+
+/* Arm all pages, and wait until each of the runners has run into one of them. */
+static void arm_and_wait_for_runners(struct kvm_vm *vm, struct runner *runners)
+{
+	u64 before[NR_VCPUS];
+	int i;
+
+	for (i = 0; i < NR_VCPUS; i++)
+		before[i] = atomic_load(&runners[i].nr_exits);
+
+	vm_userfault_arm(vm, AGENT_GPA, NR_COUNTED_PAGES * page_size);
+	for (i = 0; i < NR_VCPUS; i++) {
+		while (atomic_load(&runners[i].nr_exits) == before[i])
+			sched_yield();
+	}
 }
 
 /* vCPUs run, some of them into armed pages, while userfault comes and goes. */
@@ -1727,17 +1822,15 @@ userfault_test(vcpus, disabling_lets_running_vcpus_go_on)
 
 	for (i = 0; i < NR_TOGGLES; i++) {
 		vm_userfault_enable(self->vm);
-		vm_userfault_arm(self->vm, AGENT_GPA, NR_COUNTED_PAGES * page_size);
-		usleep(20000);
+		arm_and_wait_for_runners(self->vm, runners);
+		usleep(10000);
 		vm_userfault_disable(self->vm);
 		usleep(1000);
 	}
 
 	atomic_store(&stop, true);
-	for (i = 0; i < NR_VCPUS; i++) {
+	for (i = 0; i < NR_VCPUS; i++)
 		kvm_pthread_join(threads[i], NULL);
-		TEST_ASSERT(runners[i].nr_exits, "vCPU %d met no armed page", i);
-	}
 	for (i = 0; i < NR_VCPUS; i++)
 		TEST_ASSERT_EQ(agent_do(self->vcpus[i], AGENT_CHECK, AGENT_GPA,
 					NR_COUNTED_PAGES), 0);

@@ -14,6 +14,12 @@
 #include "kvm_util.h"
 #include "test_util.h"
 
+/* The kernels that run this with every debug option on are slow. */
+#define TEST_TIMEOUT_SECS	120
+
+#define userfault_test(fixture, name) \
+	TEST_F_TIMEOUT(fixture, name, TEST_TIMEOUT_SECS)
+
 #define USERFAULT_READ	(KVM_MEMORY_EXIT_FLAG_USERFAULT | KVM_MEMORY_EXIT_FLAG_READ)
 #define USERFAULT_WRITE	(KVM_MEMORY_EXIT_FLAG_USERFAULT | KVM_MEMORY_EXIT_FLAG_WRITE)
 #define USERFAULT_EXEC	(KVM_MEMORY_EXIT_FLAG_USERFAULT | KVM_MEMORY_EXIT_FLAG_EXEC)
@@ -69,6 +75,7 @@ static inline bool vcpu_has_userfault(struct kvm_vcpu *vcpu, int ret)
 	       vcpu->run->memory_fault.flags & KVM_MEMORY_EXIT_FLAG_USERFAULT;
 }
 
+void vcpu_fail_run(struct kvm_vcpu *vcpu, int ret, const char *expected);
 void vcpu_assert_userfault(struct kvm_vcpu *vcpu, gpa_t gpa, u64 flags);
 void vcpu_run_expect_userfault(struct kvm_vcpu *vcpu, gpa_t gpa, u64 flags);
 
@@ -95,6 +102,7 @@ struct kvm_vm *agent_create_vm(struct vm_shape shape, u32 nr_vcpus,
 
 void agent_request(struct kvm_vcpu *vcpu, enum agent_op op, gva_t gva, u64 arg);
 enum agent_exit agent_run(struct kvm_vcpu *vcpu);
+u64 agent_result(struct kvm_vcpu *vcpu);
 u64 agent_finish(struct kvm_vcpu *vcpu);
 bool agent_is_spinning(struct kvm_vcpu *vcpu);
 
@@ -113,9 +121,20 @@ void agent_assert_content(void *hva, gva_t gva, u64 nr_pages);
 #define AGENT_GPA		SZ_4G
 #define AGENT_SLOT		10
 
+/* As much of it as a test needs that has no need for more. */
+#define NR_PAGES		64
+
+static inline gpa_t page_gpa(u64 page)
+{
+	return AGENT_GPA + page * getpagesize();
+}
+
 void *agent_add_memory(struct kvm_vm *vm, enum vm_mem_backing_src_type src,
 		       gpa_t gpa, u32 slot, u64 nr_pages, u32 flags);
+struct kvm_vm *agent_create_vm_with_memory(enum vm_mem_backing_src_type src,
+					   u64 nr_pages, struct kvm_vcpu **vcpu);
 bool has_hugetlb(u64 size, u64 nr);
+bool is_thp(void *hva, u64 size);
 void agent_map(struct kvm_vm *vm, gva_t gva, gpa_t gpa, u64 size);
 
 #endif /* SELFTEST_KVM_USERFAULT_UTIL_H */

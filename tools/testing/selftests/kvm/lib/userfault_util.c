@@ -57,18 +57,20 @@ void agent_fill(void *hva, gva_t gva, u64 nr_pages)
 
 void agent_assert_content(void *hva, gva_t gva, u64 nr_pages)
 {
-	u64 page_size = getpagesize();
-	u64 i, j;
+	u64 size = nr_pages * getpagesize();
+	u64 *expected = malloc(size);
+	u64 *words = hva;
+	u64 i;
 
-	for (i = 0; i < nr_pages; i++) {
-		u64 content = agent_page_content(gva + i * page_size);
-		u64 *page = hva + i * page_size;
+	TEST_ASSERT(expected, "Out of memory");
+	agent_fill(expected, gva, nr_pages);
 
-		for (j = 0; j < page_size / sizeof(*page); j++)
-			TEST_ASSERT(READ_ONCE(page[j]) == content,
-				    "Page %#lx, word %lu: expected %#lx, got %#lx",
-				    gva + i * page_size, j, content, page[j]);
-	}
+	for (i = 0; i < size / sizeof(*words); i++)
+		TEST_ASSERT(READ_ONCE(words[i]) == expected[i],
+			    "Word at %#lx: expected %#lx, got %#lx",
+			    gva + i * sizeof(*words), expected[i], words[i]);
+
+	free(expected);
 }
 
 static bool guest_page_is_intact(u64 *page, u64 page_size)
@@ -220,17 +222,40 @@ static const char *agent_exit_str(struct kvm_vcpu *vcpu, enum agent_exit exit)
 	}
 }
 
+/*
+ * Fail because of what KVM_RUN did.  The registers tell a guest that ran into a
+ * triple fault from a vCPU that was reset by somebody else.
+ */
+void vcpu_fail_run(struct kvm_vcpu *vcpu, int ret, const char *expected)
+{
+	int saved_errno = errno;
+
+	vcpu_dump(stderr, vcpu, 2);
+	TEST_FAIL("vCPU %u: expected %s, KVM_RUN returned %d, errno %d (%s), exit %s",
+		  vcpu->id, expected, ret, saved_errno, strerror(saved_errno),
+		  exit_reason_str(vcpu->run->exit_reason));
+}
+
+/* The result of the last access, which agent_run() says is performed. */
+u64 agent_result(struct kvm_vcpu *vcpu)
+{
+	return agent_mailbox(vcpu)->result;
+}
+
 /* Run until the access is performed, which nothing must prevent. */
 u64 agent_finish(struct kvm_vcpu *vcpu)
 {
 	enum agent_exit exit = agent_run(vcpu);
+
+	if (exit == AGENT_OTHER)
+		vcpu_dump(stderr, vcpu, 2);
 
 	TEST_ASSERT(exit == AGENT_DONE,
 		    "The access to %#lx (operation %lu) got %s, gpa %#llx",
 		    agent_mailbox(vcpu)->gva, agent_mailbox(vcpu)->op,
 		    agent_exit_str(vcpu, exit), vcpu->run->memory_fault.gpa);
 
-	return agent_mailbox(vcpu)->result;
+	return agent_result(vcpu);
 }
 
 /* Perform an access that must not leave the guest. */
@@ -253,9 +278,8 @@ void vcpu_run_expect_userfault(struct kvm_vcpu *vcpu, gpa_t gpa, u64 flags)
 {
 	int ret = _vcpu_run(vcpu);
 
-	TEST_ASSERT(vcpu_has_userfault(vcpu, ret),
-		    "Expected a userfault exit for %#lx, KVM_RUN returned %d, errno %d, exit %s",
-		    gpa, ret, errno, exit_reason_str(vcpu->run->exit_reason));
+	if (!vcpu_has_userfault(vcpu, ret))
+		vcpu_fail_run(vcpu, ret, "a userfault exit");
 	vcpu_assert_userfault(vcpu, gpa, flags);
 }
 
@@ -299,8 +323,8 @@ bool agent_probe(struct kvm_vcpu *vcpu, gva_t gva, gpa_t gpa, u64 flags)
 		agent_finish(vcpu);
 		return true;
 	default:
-		TEST_FAIL("Unexpected exit %s",
-			  exit_reason_str(vcpu->run->exit_reason));
+		vcpu_fail_run(vcpu, 0, "a read, or a userfault exit");
+		return false;
 	}
 }
 
@@ -317,6 +341,28 @@ bool has_hugetlb(u64 size, u64 nr)
 
 	kvm_munmap(mem, nr * size);
 	return true;
+}
+
+/* Whether the host has transparent huge pages for all of [@hva, @hva + @size). */
+bool is_thp(void *hva, u64 size)
+{
+	u64 start, end, kib = 0;
+	bool found = false;
+	char line[256];
+	FILE *f;
+
+	f = fopen("/proc/self/smaps", "r");
+	TEST_ASSERT(f, "Cannot open /proc/self/smaps");
+
+	while (fgets(line, sizeof(line), f)) {
+		if (sscanf(line, "%lx-%lx ", &start, &end) == 2)
+			found = (u64)hva >= start && (u64)hva + size <= end;
+		else if (found && sscanf(line, "AnonHugePages: %lu kB", &kib) == 1)
+			break;
+	}
+	fclose(f);
+
+	return kib * SZ_1K >= size;
 }
 
 void agent_map(struct kvm_vm *vm, gva_t gva, gpa_t gpa, u64 size)
@@ -354,4 +400,16 @@ void *agent_add_memory(struct kvm_vm *vm, enum vm_mem_backing_src_type src,
 	agent_fill(hva, gpa, nr_pages);
 
 	return hva;
+}
+
+/* A VM with one vCPU and @nr_pages of such memory, ready for userfaults. */
+struct kvm_vm *agent_create_vm_with_memory(enum vm_mem_backing_src_type src,
+					   u64 nr_pages, struct kvm_vcpu **vcpu)
+{
+	struct kvm_vm *vm = agent_create_vm(VM_SHAPE_DEFAULT, 1, vcpu);
+
+	agent_add_memory(vm, src, AGENT_GPA, AGENT_SLOT, nr_pages, 0);
+	vm_userfault_enable(vm);
+
+	return vm;
 }

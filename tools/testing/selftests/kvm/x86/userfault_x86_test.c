@@ -20,21 +20,8 @@
 #include "userfault_util.h"
 #include "vmx.h"
 
-/* The kernels that run this with every debug option on are slow. */
-#define TEST_TIMEOUT_SECS	120
-
-#define userfault_test(fixture, name) \
-	TEST_F_TIMEOUT(fixture, name, TEST_TIMEOUT_SECS)
-
-#define NR_PAGES		64
-
 #define PRIVATE			KVM_MEMORY_ATTRIBUTE_PRIVATE
 #define USERFAULT		KVM_MEMORY_ATTRIBUTE_USERFAULT
-
-static gpa_t page_gpa(u64 page)
-{
-	return AGENT_GPA + page * PAGE_SIZE;
-}
 
 /*
  * Whether huge mappings replace small ones in place, or small ones are zapped
@@ -300,6 +287,179 @@ userfault_test(private, disabling_keeps_what_is_private)
 	assert_page_state(self->vcpu, 1, false, false);
 }
 
+/*
+ * Conversions while a fault is open, which then is one of the other kind: what the
+ * guest accesses is always the kind that the page is at that time.
+ */
+userfault_test(private, conversions_with_an_open_fault)
+{
+	u64 private = KVM_MEMORY_EXIT_FLAG_PRIVATE;
+	int i;
+
+	vm_change_attributes(self->vm, page_gpa(0), PAGE_SIZE, PRIVATE | USERFAULT, 0);
+	agent_expect_userfault(self->vcpu, AGENT_READ, page_gpa(0), 0, page_gpa(0),
+			       USERFAULT_READ | private);
+
+	for (i = 0; i < 3; i++) {
+		vm_change_attributes(self->vm, page_gpa(0), PAGE_SIZE, PRIVATE,
+				     KVM_MEMORY_ATTRIBUTES_CLEAR);
+		vcpu_run_expect_userfault(self->vcpu, page_gpa(0), USERFAULT_READ);
+		vm_change_attributes(self->vm, page_gpa(0), PAGE_SIZE, PRIVATE,
+				     KVM_MEMORY_ATTRIBUTES_SET);
+		vcpu_run_expect_userfault(self->vcpu, page_gpa(0), USERFAULT_READ | private);
+	}
+
+	vm_change_attributes(self->vm, page_gpa(0), PAGE_SIZE, PRIVATE,
+			     KVM_MEMORY_ATTRIBUTES_CLEAR);
+	vm_userfault_clear(self->vm, page_gpa(0), PAGE_SIZE);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), page_content(0, false));
+}
+
+/* Private and shared pages side by side: each has its own way to be filled. */
+userfault_test(private, both_kinds_in_one_vm)
+{
+	u64 i, flags;
+
+	for (i = 0; i < NR_PAGES; i += 2)
+		vm_change_attributes(self->vm, page_gpa(i), PAGE_SIZE, PRIVATE,
+				     KVM_MEMORY_ATTRIBUTES_SET);
+	vm_userfault_arm(self->vm, AGENT_GPA, NR_PAGES * PAGE_SIZE);
+	memset(self->hva, 0xdb, NR_PAGES * PAGE_SIZE);
+
+	for (i = 0; i < NR_PAGES; i++) {
+		flags = i & 1 ? 0 : KVM_MEMORY_EXIT_FLAG_PRIVATE;
+		agent_expect_userfault(self->vcpu, AGENT_READ, page_gpa(i), 0,
+				       page_gpa(i), USERFAULT_READ | flags);
+		if (i & 1)
+			agent_fill(self->hva + i * PAGE_SIZE, page_gpa(i), 1);
+		vm_userfault_clear(self->vm, page_gpa(i), PAGE_SIZE);
+		TEST_ASSERT_EQ(agent_finish(self->vcpu), page_content(i, !(i & 1)));
+	}
+}
+
+/* Holes of a guest_memfd are zero, and no reason to release an armed page. */
+userfault_test(private, punching_holes_while_armed)
+{
+	u64 flags = USERFAULT_READ | KVM_MEMORY_EXIT_FLAG_PRIVATE;
+
+	vm_change_attributes(self->vm, page_gpa(0), 4 * PAGE_SIZE, PRIVATE | USERFAULT, 0);
+	vm_guest_mem_punch_hole(self->vm, page_gpa(0), PAGE_SIZE);
+	agent_expect_userfault(self->vcpu, AGENT_READ, page_gpa(0), 0, page_gpa(0), flags);
+	vm_userfault_clear(self->vm, page_gpa(0), PAGE_SIZE);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), 0);
+
+	/* With the fault open, */
+	agent_expect_userfault(self->vcpu, AGENT_READ, page_gpa(1), 0, page_gpa(1), flags);
+	vm_guest_mem_punch_hole(self->vm, page_gpa(1), PAGE_SIZE);
+	vcpu_run_expect_userfault(self->vcpu, page_gpa(1), flags);
+	vm_userfault_clear(self->vm, page_gpa(1), PAGE_SIZE);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), 0);
+
+	/* and allocated at once. */
+	agent_expect_userfault(self->vcpu, AGENT_READ, page_gpa(2), 0, page_gpa(2), flags);
+	vm_guest_mem_punch_hole(self->vm, page_gpa(2), PAGE_SIZE);
+	vm_guest_mem_allocate(self->vm, page_gpa(2), PAGE_SIZE);
+	vcpu_run_expect_userfault(self->vcpu, page_gpa(2), flags);
+	vm_userfault_clear(self->vm, page_gpa(2), PAGE_SIZE);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), 0);
+
+	vm_userfault_clear(self->vm, page_gpa(3), PAGE_SIZE);
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_READ, page_gpa(3), 0),
+		       private_content(3));
+	/* The shared side has no part in it. */
+	agent_assert_content(self->hva, AGENT_GPA, NR_PAGES);
+}
+
+#define OTHER_SLOT	(AGENT_SLOT + 1)
+#define OTHER_GPA	(AGENT_GPA + SZ_1G)
+
+userfault_test(private, two_slots_on_one_file)
+{
+	u64 flags = USERFAULT_READ | KVM_MEMORY_EXIT_FLAG_PRIVATE;
+	u64 size = NR_PAGES * PAGE_SIZE;
+	int fd;
+
+	fd = kvm_dup(memslot2region(self->vm, AGENT_SLOT)->region.guest_memfd);
+	vm_mem_region_delete(self->vm, AGENT_SLOT);
+	vm_mem_add(self->vm, VM_MEM_SRC_ANONYMOUS, AGENT_GPA, AGENT_SLOT, NR_PAGES / 2,
+		   KVM_MEM_GUEST_MEMFD, fd, 0);
+	vm_mem_add(self->vm, VM_MEM_SRC_ANONYMOUS, OTHER_GPA, OTHER_SLOT, NR_PAGES / 2,
+		   KVM_MEM_GUEST_MEMFD, fd, size / 2);
+	agent_map(self->vm, OTHER_GPA, OTHER_GPA, size / 2);
+	vm_change_attributes(self->vm, AGENT_GPA, size / 2, PRIVATE, 0);
+	vm_change_attributes(self->vm, OTHER_GPA, size / 2, PRIVATE, 0);
+
+	/* The content is that of the file, which had one slot when it was filled. */
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_READ, OTHER_GPA, 0),
+		       private_content(NR_PAGES / 2));
+	vm_userfault_arm(self->vm, OTHER_GPA, PAGE_SIZE);
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_READ, page_gpa(0), 0), private_content(0));
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_READ, page_gpa(NR_PAGES / 2 - 1), 0),
+		       private_content(NR_PAGES / 2 - 1));
+	agent_expect_userfault(self->vcpu, AGENT_READ, OTHER_GPA, 0, OTHER_GPA, flags);
+	vm_userfault_clear(self->vm, OTHER_GPA, PAGE_SIZE);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), private_content(NR_PAGES / 2));
+	close(fd);
+}
+
+/* With the file gone, a page is an error as soon as it is released. */
+userfault_test(private, closing_the_file_with_an_open_fault)
+{
+	u64 flags = USERFAULT_READ | KVM_MEMORY_EXIT_FLAG_PRIVATE;
+	struct userspace_mem_region *region = memslot2region(self->vm, AGENT_SLOT);
+	int ret;
+
+	vm_change_attributes(self->vm, page_gpa(0), PAGE_SIZE, PRIVATE | USERFAULT, 0);
+	agent_expect_userfault(self->vcpu, AGENT_READ, page_gpa(0), 0, page_gpa(0), flags);
+
+	close(region->region.guest_memfd);
+	region->region.guest_memfd = -1;
+	vcpu_run_expect_userfault(self->vcpu, page_gpa(0), flags);
+
+	vm_userfault_clear(self->vm, page_gpa(0), PAGE_SIZE);
+	ret = _vcpu_run(self->vcpu);
+	TEST_ASSERT(ret == -1 && errno == EFAULT, KVM_IOCTL_ERROR(KVM_RUN, ret));
+	TEST_ASSERT_KVM_EXIT_REASON(self->vcpu, KVM_EXIT_MEMORY_FAULT);
+	TEST_ASSERT_EQ(self->vcpu->run->memory_fault.flags, KVM_MEMORY_EXIT_FLAG_PRIVATE);
+
+	/* The shared memory of the same slot is still there. */
+	vm_change_attributes(self->vm, page_gpa(0), PAGE_SIZE, 0, 0);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), page_content(0, false));
+}
+
+/*
+ * A VM with private memory can have files that can be mapped, too, but none whose
+ * memory is shared: the slot has no other memory, and all of it is private.
+ */
+userfault_test(private, file_that_can_be_mapped)
+{
+	u64 flags = USERFAULT_READ | KVM_MEMORY_EXIT_FLAG_PRIVATE;
+	u64 supported = vm_check_cap(self->vm, KVM_CAP_GUEST_MEMFD_FLAGS);
+	int fd;
+
+	if (!(supported & GUEST_MEMFD_FLAG_MMAP))
+		SKIP(return, "There is no guest_memfd that can be mapped");
+
+	TEST_ASSERT_EQ(supported, GUEST_MEMFD_FLAG_MMAP);
+	fd = vm_create_guest_memfd(self->vm, PAGE_SIZE, GUEST_MEMFD_FLAG_MMAP);
+	vm_mem_add(self->vm, VM_MEM_SRC_ANONYMOUS, OTHER_GPA, OTHER_SLOT, 1,
+		   KVM_MEM_GUEST_MEMFD, fd, 0);
+	agent_map(self->vm, OTHER_GPA, OTHER_GPA, PAGE_SIZE);
+	vm_change_attributes(self->vm, OTHER_GPA, PAGE_SIZE, PRIVATE | USERFAULT, 0);
+
+	agent_expect_userfault(self->vcpu, AGENT_READ, OTHER_GPA, 0, OTHER_GPA, flags);
+	vm_userfault_clear(self->vm, OTHER_GPA, PAGE_SIZE);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), 0);
+	agent_do(self->vcpu, AGENT_WRITE, OTHER_GPA, 77);
+
+	/* Mapped by now, and armed once more. */
+	vm_userfault_arm(self->vm, OTHER_GPA, PAGE_SIZE);
+	agent_expect_userfault(self->vcpu, AGENT_READ, OTHER_GPA, 0, OTHER_GPA, flags);
+	vm_userfault_clear(self->vm, OTHER_GPA, PAGE_SIZE);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), 77);
+	close(fd);
+}
+
 /* Other exits are what they were: this one has no bit for the access. */
 userfault_test(private, other_exits_are_unchanged)
 {
@@ -329,10 +489,8 @@ FIXTURE(small) {
 
 FIXTURE_SETUP(small)
 {
-	self->vm = agent_create_vm(VM_SHAPE_DEFAULT, 1, &self->vcpu);
-	agent_add_memory(self->vm, VM_MEM_SRC_ANONYMOUS, AGENT_GPA, AGENT_SLOT,
-			 NR_PAGES, 0);
-	vm_userfault_enable(self->vm);
+	self->vm = agent_create_vm_with_memory(VM_MEM_SRC_ANONYMOUS, NR_PAGES,
+					       &self->vcpu);
 }
 
 FIXTURE_TEARDOWN(small)
@@ -383,10 +541,8 @@ FIXTURE_SETUP(huge)
 	if (!has_hugetlb(SZ_2M, NR_BLOCKS))
 		SKIP(return, "6 MiB of reserved 2 MiB pages are needed");
 
-	self->vm = agent_create_vm(VM_SHAPE_DEFAULT, 1, &self->vcpu);
-	agent_add_memory(self->vm, VM_MEM_SRC_ANONYMOUS_HUGETLB_2MB, AGENT_GPA,
-			 AGENT_SLOT, NR_BLOCKS * BLOCK_PAGES, 0);
-	vm_userfault_enable(self->vm);
+	self->vm = agent_create_vm_with_memory(VM_MEM_SRC_ANONYMOUS_HUGETLB_2MB,
+					       NR_BLOCKS * BLOCK_PAGES, &self->vcpu);
 }
 
 FIXTURE_TEARDOWN(huge)
@@ -959,6 +1115,15 @@ static void apic_guest_code(void)
 		GUEST_SYNC(xapic_read_reg(APIC_LVR));
 }
 
+/* Whether there is such a memslot for the page of the APIC, which a guest maps. */
+static bool has_apic_access_page(void)
+{
+	if (host_cpu_is_intel)
+		return get_kvm_intel_param_bool("flexpriority");
+
+	return get_kvm_amd_param_bool("avic");
+}
+
 /* Userspace has no way to fill them, so arming them means nothing. */
 TEST(internal_memslots_are_exempt)
 {
@@ -966,6 +1131,9 @@ TEST(internal_memslots_are_exempt)
 	struct kvm_vm *vm;
 	struct ucall uc;
 	u64 version;
+
+	if (!has_apic_access_page())
+		SKIP(return, "No memslot of KVM's own without VMX's flexpriority or AVIC");
 
 	vm = vm_create_with_one_vcpu(&vcpu, apic_guest_code);
 	virt_pg_map(vm, APIC_DEFAULT_GPA, APIC_DEFAULT_GPA);

@@ -1,0 +1,613 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Tests of KVM Userfault on a guest_memfd that can be mapped: one function per
+ * rule.
+ *
+ * The memory starts with no page in the file.  Whether there is one is what
+ * mincore() tells, without allocating it.
+ */
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#include <linux/falloc.h>
+#include <linux/sizes.h>
+
+#include "kselftest_harness.h"
+#include "kvm_util.h"
+#include "processor.h"
+#include "test_util.h"
+#include "ucall_common.h"
+#include "userfault_util.h"
+
+/* The kernels that run this with every debug option on are slow. */
+#define TEST_TIMEOUT_SECS	120
+
+#define userfault_test(fixture, name) \
+	TEST_F_TIMEOUT(fixture, name, TEST_TIMEOUT_SECS)
+
+#define NR_PAGES		32
+#define NR_VCPUS		2
+
+#define OTHER_SLOT		(AGENT_SLOT + 1)
+#define OTHER_GPA		(AGENT_GPA + SZ_1G)
+
+/* What freed memory is full of, which no page may ever show. */
+#define STALE_BYTE		0xa5
+
+static u64 page_size;
+
+static u64 page_gpa(u64 page)
+{
+	return AGENT_GPA + page * page_size;
+}
+
+FIXTURE(gmem) {
+	struct kvm_vcpu *vcpus[NR_VCPUS];
+	struct kvm_vcpu *vcpu;
+	struct kvm_vm *vm;
+	u64 size;
+	u8 *hva;
+	int fd;
+};
+
+#define gmem_data FIXTURE_DATA(gmem)
+
+FIXTURE_SETUP(gmem)
+{
+	u64 flags = MAPPABLE_GUEST_MEMFD_FLAGS;
+
+	if (kvm_has_guest_memfd_flags(GUEST_MEMFD_FLAG_WRITE))
+		flags |= GUEST_MEMFD_FLAG_WRITE;
+
+	self->size = NR_PAGES * page_size;
+	self->vm = agent_create_vm(VM_SHAPE_DEFAULT, NR_VCPUS, self->vcpus);
+	self->vcpu = self->vcpus[0];
+	self->fd = vm_create_guest_memfd(self->vm, self->size, flags);
+	vm_mem_add(self->vm, VM_MEM_SRC_GUEST_MEMFD, AGENT_GPA, AGENT_SLOT,
+		   self->size / self->vm->page_size, 0, self->fd, 0);
+	agent_map(self->vm, AGENT_GPA, AGENT_GPA, self->size);
+	self->hva = memslot2region(self->vm, AGENT_SLOT)->host_mem;
+	vm_userfault_enable(self->vm);
+}
+
+FIXTURE_TEARDOWN(gmem)
+{
+	if (self->fd >= 0)
+		close(self->fd);
+	kvm_vm_free(self->vm);
+}
+
+static u8 *hva_page(gmem_data *self, u64 page)
+{
+	return self->hva + page * page_size;
+}
+
+static bool is_in_file(gmem_data *self, u64 page)
+{
+	unsigned char vec;
+
+	TEST_ASSERT(!mincore(hva_page(self, page), page_size, &vec),
+		    "mincore() failed, errno %d", errno);
+	return vec & 1;
+}
+
+static void assert_in_file(gmem_data *self, u64 page, bool expected)
+{
+	TEST_ASSERT(is_in_file(self, page) == expected, "Page %lu must%s be in the file",
+		    page, expected ? "" : " not");
+}
+
+static void fill(gmem_data *self, u64 page, u64 nr)
+{
+	agent_fill(hva_page(self, page), page_gpa(page), nr);
+}
+
+static void arm(gmem_data *self, u64 page, u64 nr)
+{
+	vm_userfault_arm(self->vm, page_gpa(page), nr * page_size);
+}
+
+static void clear(gmem_data *self, u64 page, u64 nr)
+{
+	vm_userfault_clear(self->vm, page_gpa(page), nr * page_size);
+}
+
+static void punch(gmem_data *self, u64 page, u64 nr)
+{
+	kvm_fallocate(self->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+		      page * page_size, nr * page_size);
+}
+
+static void stain_free_memory(struct kvm_vm *vm)
+{
+	size_t size = SZ_4M;
+	u8 *mem;
+	int fd;
+
+	fd = vm_create_guest_memfd(vm, size, MAPPABLE_GUEST_MEMFD_FLAGS);
+	mem = kvm_mmap(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
+	memset(mem, STALE_BYTE, size);
+	kvm_munmap(mem, size);
+	kvm_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, size);
+	close(fd);
+}
+
+static void expect_read_fault(gmem_data *self, u64 page)
+{
+	agent_expect_userfault(self->vcpu, AGENT_READ, page_gpa(page), 0,
+			       page_gpa(page), USERFAULT_READ);
+}
+
+static void assert_guest_reads(gmem_data *self, u64 page, u64 val)
+{
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_READ, page_gpa(page), 0), val);
+}
+
+/*
+ * Holes.
+ */
+
+/* What userspace is to fill must not be there when it comes to fill it. */
+userfault_test(gmem, exits_allocate_nothing)
+{
+	u64 i;
+
+	arm(self, 0, NR_PAGES);
+	expect_read_fault(self, 0);
+	for (i = 0; i < 3; i++)
+		vcpu_run_expect_userfault(self->vcpu, page_gpa(0), USERFAULT_READ);
+	for (i = 0; i < NR_PAGES; i++)
+		assert_in_file(self, i, false);
+
+	fill(self, 0, 1);
+	clear(self, 0, 1);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), agent_page_content(page_gpa(0)));
+	for (i = 1; i < NR_PAGES; i++)
+		assert_in_file(self, i, false);
+
+	agent_expect_userfault(self->vcpu, AGENT_WRITE, page_gpa(1), 7, page_gpa(1),
+			       USERFAULT_WRITE);
+	assert_in_file(self, 1, false);
+	clear(self, 1, 1);
+	agent_finish(self->vcpu);
+	assert_in_file(self, 1, true);
+}
+
+userfault_test(gmem, filled_by_write)
+{
+	u64 *src = kvm_mmap(page_size, PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	u64 i;
+
+	if (!kvm_has_guest_memfd_flags(GUEST_MEMFD_FLAG_WRITE))
+		SKIP(return, "guest_memfd cannot be written");
+
+	arm(self, 0, NR_PAGES);
+	agent_request(self->vcpu, AGENT_CHECK, AGENT_GPA, NR_PAGES);
+	for (i = 0; i < NR_PAGES; i++) {
+		vcpu_run_expect_userfault(self->vcpu, page_gpa(i), USERFAULT_READ);
+		agent_fill(src, page_gpa(i), 1);
+		TEST_ASSERT_EQ(pwrite(self->fd, src, page_size, i * page_size), page_size);
+		/* Filled is not released. */
+		vcpu_run_expect_userfault(self->vcpu, page_gpa(i), USERFAULT_READ);
+		clear(self, i, 1);
+	}
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), 0);
+	kvm_munmap(src, page_size);
+}
+
+userfault_test(gmem, punching_holes_while_armed)
+{
+	fill(self, 0, NR_PAGES);
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, AGENT_GPA, NR_PAGES), 0);
+	arm(self, 0, 4);
+	punch(self, 0, NR_PAGES / 2);
+
+	/* Page 0 is filled anew, page 1 is released as the hole that it is. */
+	expect_read_fault(self, 0);
+	assert_in_file(self, 0, false);
+	fill(self, 0, 1);
+	clear(self, 0, 1);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), agent_page_content(page_gpa(0)));
+
+	expect_read_fault(self, 1);
+	clear(self, 1, 1);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), 0);
+
+	/* Between exit and release: what counts is what is there at the end. */
+	fill(self, 2, 1);
+	expect_read_fault(self, 2);
+	punch(self, 2, 1);
+	vcpu_run_expect_userfault(self->vcpu, page_gpa(2), USERFAULT_READ);
+	clear(self, 2, 1);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), 0);
+
+	/* Nobody else is concerned. */
+	assert_guest_reads(self, 4, 0);
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, page_gpa(NR_PAGES / 2),
+				NR_PAGES / 2), 0);
+	expect_read_fault(self, 3);
+}
+
+/* Punched, filled and punched again while the page stays armed all the time. */
+userfault_test(gmem, holes_come_and_go)
+{
+	int i;
+
+	arm(self, 0, 1);
+	expect_read_fault(self, 0);
+	for (i = 0; i < 20; i++) {
+		memset(hva_page(self, 0), i, page_size);
+		vcpu_run_expect_userfault(self->vcpu, page_gpa(0), USERFAULT_READ);
+		punch(self, 0, 1);
+		vcpu_run_expect_userfault(self->vcpu, page_gpa(0), USERFAULT_READ);
+		assert_in_file(self, 0, false);
+	}
+	fill(self, 0, 1);
+	clear(self, 0, 1);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), agent_page_content(page_gpa(0)));
+}
+
+static void assert_guest_page_is_zero(gmem_data *self, u64 page)
+{
+	u64 off;
+
+	for (off = 0; off < page_size; off += 64)
+		TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_READ, page_gpa(page) + off, 0),
+			       0);
+}
+
+/* fallocate() neither fills a page nor releases it, nor shows what it was before. */
+userfault_test(gmem, allocating_while_armed)
+{
+	u64 i;
+
+	arm(self, 0, 4);
+	expect_read_fault(self, 0);
+	stain_free_memory(self->vm);
+	kvm_fallocate(self->fd, FALLOC_FL_KEEP_SIZE, 0, 6 * page_size);
+	vcpu_run_expect_userfault(self->vcpu, page_gpa(0), USERFAULT_READ);
+
+	fill(self, 1, 1);
+	clear(self, 0, 4);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), 0);
+	assert_guest_reads(self, 1, agent_page_content(page_gpa(1)));
+	for (i = 2; i < 6; i++)
+		assert_guest_page_is_zero(self, i);
+}
+
+/*
+ * Memslots.
+ */
+
+/* The second half of the file, at another place. */
+static void add_second_slot(gmem_data *self)
+{
+	vm_mem_region_delete(self->vm, AGENT_SLOT);
+	vm_mem_add(self->vm, VM_MEM_SRC_GUEST_MEMFD, AGENT_GPA, AGENT_SLOT,
+		   self->size / 2 / self->vm->page_size, 0, self->fd, 0);
+	vm_mem_add(self->vm, VM_MEM_SRC_GUEST_MEMFD, OTHER_GPA, OTHER_SLOT,
+		   self->size / 2 / self->vm->page_size, 0, self->fd, self->size / 2);
+	agent_map(self->vm, OTHER_GPA, OTHER_GPA, self->size / 2);
+	self->hva = memslot2region(self->vm, AGENT_SLOT)->host_mem;
+}
+
+userfault_test(gmem, two_slots_on_one_file)
+{
+	u64 nr = NR_PAGES / 2;
+	u8 *other;
+
+	add_second_slot(self);
+	other = memslot2region(self->vm, OTHER_SLOT)->host_mem;
+	fill(self, 0, nr);
+	agent_fill(other, OTHER_GPA, nr);
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, AGENT_GPA, nr), 0);
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, OTHER_GPA, nr), 0);
+
+	/* The page at the border of the two, in one of them. */
+	vm_userfault_arm(self->vm, OTHER_GPA, page_size);
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, AGENT_GPA, nr), 0);
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, OTHER_GPA + page_size, nr - 1), 0);
+	agent_expect_userfault(self->vcpu, AGENT_READ, OTHER_GPA, 0, OTHER_GPA,
+			       USERFAULT_READ);
+
+	/* A hole on both sides of it. */
+	punch(self, nr - 1, 2);
+	vcpu_run_expect_userfault(self->vcpu, OTHER_GPA, USERFAULT_READ);
+	agent_fill(other, OTHER_GPA, 1);
+	vm_userfault_clear(self->vm, OTHER_GPA, page_size);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), agent_page_content(OTHER_GPA));
+	assert_guest_reads(self, nr - 1, 0);
+
+	/* One slot goes, the other one stays as it is. */
+	vm_userfault_arm(self->vm, OTHER_GPA, page_size);
+	vm_mem_region_delete(self->vm, AGENT_SLOT);
+	TEST_ASSERT(agent_probe(self->vcpu, OTHER_GPA, OTHER_GPA, USERFAULT_READ),
+		    "Deleting a memslot cleared a page of another one");
+}
+
+/* Each kind of memory in one VM, and vCPUs that fault on both at a time. */
+userfault_test(gmem, next_to_other_memory)
+{
+	u8 *other;
+
+	other = agent_add_memory(self->vm, VM_MEM_SRC_ANONYMOUS, OTHER_GPA, OTHER_SLOT,
+				 NR_PAGES, 0);
+	arm(self, 0, NR_PAGES);
+	vm_userfault_arm(self->vm, OTHER_GPA, self->size);
+
+	expect_read_fault(self, 5);
+	agent_expect_userfault(self->vcpus[1], AGENT_READ, OTHER_GPA + 5 * page_size, 0,
+			       OTHER_GPA + 5 * page_size, USERFAULT_READ);
+	assert_in_file(self, 5, false);
+
+	agent_fill(other + 5 * page_size, OTHER_GPA + 5 * page_size, 1);
+	vm_userfault_clear(self->vm, OTHER_GPA + 5 * page_size, page_size);
+	TEST_ASSERT_EQ(agent_finish(self->vcpus[1]),
+		       agent_page_content(OTHER_GPA + 5 * page_size));
+
+	vcpu_run_expect_userfault(self->vcpu, page_gpa(5), USERFAULT_READ);
+	fill(self, 5, 1);
+	clear(self, 5, 1);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), agent_page_content(page_gpa(5)));
+}
+
+/*
+ * The last file goes while faults are open.  Nothing is left to be mapped, which
+ * is an error as soon as the page is released, and no reason to wait any more.
+ */
+userfault_test(gmem, closing_the_file_with_open_faults)
+{
+	int ret, i;
+
+	vm_mem_region_delete(self->vm, AGENT_SLOT);
+	vm_set_user_memory_region2(self->vm, AGENT_SLOT, KVM_MEM_GUEST_MEMFD, AGENT_GPA,
+				   self->size, NULL, self->fd, 0);
+	arm(self, 0, NR_PAGES);
+	for (i = 0; i < NR_VCPUS; i++)
+		agent_expect_userfault(self->vcpus[i], AGENT_READ, page_gpa(i), 0,
+				       page_gpa(i), USERFAULT_READ);
+
+	close(self->fd);
+	self->fd = -1;
+	for (i = 0; i < NR_VCPUS; i++)
+		vcpu_run_expect_userfault(self->vcpus[i], page_gpa(i), USERFAULT_READ);
+
+	clear(self, 0, NR_PAGES);
+	for (i = 0; i < NR_VCPUS; i++) {
+		ret = _vcpu_run(self->vcpus[i]);
+		TEST_ASSERT(ret == -1 && errno == EFAULT, KVM_IOCTL_ERROR(KVM_RUN, ret));
+		TEST_ASSERT_KVM_EXIT_REASON(self->vcpus[i], KVM_EXIT_MEMORY_FAULT);
+		TEST_ASSERT_EQ(self->vcpus[i]->run->memory_fault.flags, 0);
+		TEST_ASSERT_EQ(self->vcpus[i]->run->memory_fault.gpa, page_gpa(i));
+	}
+	vm_set_user_memory_region2(self->vm, AGENT_SLOT, KVM_MEM_GUEST_MEMFD, AGENT_GPA,
+				   0, NULL, -1, 0);
+}
+
+/* Armed comes first: userspace cannot have filled the page with poison. */
+userfault_test(gmem, hwpoisoned_page)
+{
+	int ret;
+
+	fill(self, 0, 2);
+	if (madvise(hva_page(self, 0), page_size, MADV_HWPOISON))
+		SKIP(return, "MADV_HWPOISON is not available");
+
+	arm(self, 0, 2);
+	expect_read_fault(self, 0);
+	clear(self, 0, 1);
+	ret = _vcpu_run(self->vcpu);
+	TEST_ASSERT(ret == -1 && errno == EHWPOISON, KVM_IOCTL_ERROR(KVM_RUN, ret));
+	TEST_ASSERT_KVM_EXIT_REASON(self->vcpu, KVM_EXIT_MEMORY_FAULT);
+	TEST_ASSERT_EQ(self->vcpu->run->memory_fault.flags, 0);
+
+	/* A hole takes the poison away, and the page can be filled again. */
+	arm(self, 0, 1);
+	punch(self, 0, 1);
+	fill(self, 0, 1);
+	clear(self, 0, 2);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), agent_page_content(page_gpa(0)));
+	assert_guest_reads(self, 1, agent_page_content(page_gpa(1)));
+}
+
+/*
+ * Everything at once.  vCPUs read all pages, over and over, and must see nothing
+ * but their content.  Meanwhile pages are armed, and then spoilt or removed, and
+ * whoever gets the exit fills them again.  Others write pages that happen to be
+ * missing, and make and close files and memslots.
+ */
+
+#define RACE_MSECS	3000
+
+struct race {
+	gmem_data *gmem;
+	atomic_bool stop;
+	/* Protects filling and releasing against arming and spoiling. */
+	pthread_mutex_t locks[NR_PAGES];
+	bool spoilt[NR_PAGES];
+	atomic_ullong nr_sweeps, nr_exits, nr_holes, nr_writes, nr_files;
+};
+
+/*
+ * A page that was removed while it was armed is still missing, or has been written
+ * since.  If it is there and empty, then KVM itself has put it there, and whoever
+ * fills what is missing would leave it at that.
+ */
+static void race_write(struct race *r, u64 page, u64 *buf)
+{
+	gmem_data *gmem = r->gmem;
+	ssize_t ret;
+
+	agent_fill(buf, page_gpa(page), 1);
+	ret = pwrite(gmem->fd, buf, page_size, page * page_size);
+	TEST_ASSERT(ret == page_size || errno == EEXIST, "write() failed, errno %d", errno);
+	if (ret < 0)
+		agent_assert_content(hva_page(gmem, page), page_gpa(page), 1);
+}
+
+static void race_fill(struct race *r, u64 page, u64 *buf)
+{
+	pthread_mutex_lock(&r->locks[page]);
+	if (r->spoilt[page] || !buf)
+		fill(r->gmem, page, 1);
+	else
+		race_write(r, page, buf);
+	r->spoilt[page] = false;
+	clear(r->gmem, page, 1);
+	pthread_mutex_unlock(&r->locks[page]);
+}
+
+static u64 *race_alloc_buf(void)
+{
+	return kvm_has_guest_memfd_flags(GUEST_MEMFD_FLAG_WRITE) ? malloc(page_size) : NULL;
+}
+
+static void race_run_vcpu(struct race *r, struct kvm_vcpu *vcpu)
+{
+	u64 *buf = race_alloc_buf();
+	enum agent_exit exit;
+
+	do {
+		agent_request(vcpu, AGENT_CHECK, AGENT_GPA, NR_PAGES);
+		for (;;) {
+			exit = agent_run(vcpu);
+			if (exit != AGENT_USERFAULT)
+				break;
+			atomic_fetch_add(&r->nr_exits, 1);
+			race_fill(r, (vcpu->run->memory_fault.gpa - AGENT_GPA) / page_size,
+				  buf);
+		}
+		TEST_ASSERT_EQ(exit, AGENT_DONE);
+		TEST_ASSERT(!agent_result(vcpu), "vCPU %u read %lu pages that were not filled",
+			    vcpu->id, agent_result(vcpu));
+		atomic_fetch_add(&r->nr_sweeps, 1);
+	} while (!atomic_load(&r->stop));
+	free(buf);
+}
+
+static void *race_vcpu0(void *arg)
+{
+	struct race *r = arg;
+
+	race_run_vcpu(r, r->gmem->vcpus[0]);
+	return NULL;
+}
+
+static void *race_vcpu1(void *arg)
+{
+	struct race *r = arg;
+
+	race_run_vcpu(r, r->gmem->vcpus[1]);
+	return NULL;
+}
+
+static void *race_spoiler(void *arg)
+{
+	struct kvm_random_state rng = new_kvm_random_state(1);
+	struct race *r = arg;
+
+	while (!atomic_load(&r->stop)) {
+		u64 page = kvm_random_u32(&rng) % NR_PAGES;
+
+		pthread_mutex_lock(&r->locks[page]);
+		arm(r->gmem, page, 1);
+		r->spoilt[page] = kvm_random_bool(&rng);
+		if (r->spoilt[page])
+			memset(hva_page(r->gmem, page), STALE_BYTE, page_size);
+		else
+			punch(r->gmem, page, 1);
+		pthread_mutex_unlock(&r->locks[page]);
+		atomic_fetch_add(&r->nr_holes, 1);
+	}
+
+	return NULL;
+}
+
+/* Without the lock: filling what is missing is right at any time. */
+static void *race_writer(void *arg)
+{
+	struct kvm_random_state rng = new_kvm_random_state(2);
+	u64 *buf = race_alloc_buf();
+	struct race *r = arg;
+
+	while (buf && !atomic_load(&r->stop)) {
+		u64 page = kvm_random_u32(&rng) % NR_PAGES;
+		ssize_t ret;
+
+		agent_fill(buf, page_gpa(page), 1);
+		ret = pwrite(r->gmem->fd, buf, page_size, page * page_size);
+		TEST_ASSERT(ret == page_size || errno == EEXIST,
+			    "write() failed, errno %d", errno);
+		atomic_fetch_add(&r->nr_writes, ret == page_size);
+		usleep(100);
+	}
+	free(buf);
+
+	return NULL;
+}
+
+/* The file goes before the memslot, or after it. */
+static void *race_closer(void *arg)
+{
+	struct race *r = arg;
+	struct kvm_vm *vm = r->gmem->vm;
+	bool file_first = false;
+	int fd;
+
+	while (!atomic_load(&r->stop)) {
+		fd = vm_create_guest_memfd(vm, page_size, MAPPABLE_GUEST_MEMFD_FLAGS);
+		vm_set_user_memory_region2(vm, OTHER_SLOT, KVM_MEM_GUEST_MEMFD, OTHER_GPA,
+					   page_size, NULL, fd, 0);
+		vm_userfault_arm(vm, OTHER_GPA, page_size);
+		if (file_first)
+			close(fd);
+		vm_set_user_memory_region2(vm, OTHER_SLOT, KVM_MEM_GUEST_MEMFD, OTHER_GPA,
+					   0, NULL, -1, 0);
+		if (!file_first)
+			close(fd);
+		vm_userfault_clear(vm, OTHER_GPA, page_size);
+
+		file_first = !file_first;
+		atomic_fetch_add(&r->nr_files, 1);
+	}
+
+	return NULL;
+}
+
+userfault_test(gmem, races)
+{
+	pthread_fn_t fns[] = {
+		race_vcpu0, race_vcpu1, race_spoiler, race_writer, race_closer,
+	};
+	pthread_t threads[ARRAY_SIZE(fns)];
+	struct race r = { .gmem = self };
+	int i;
+
+	arm(self, 0, NR_PAGES);
+	for (i = 0; i < NR_PAGES; i++)
+		pthread_mutex_init(&r.locks[i], NULL);
+	for (i = 0; i < ARRAY_SIZE(fns); i++)
+		kvm_pthread_create(&threads[i], NULL, fns[i], &r);
+	usleep(RACE_MSECS * 1000);
+	atomic_store(&r.stop, true);
+	for (i = 0; i < ARRAY_SIZE(fns); i++)
+		kvm_pthread_join(threads[i], NULL);
+
+	pr_info("# %llu sweeps, %llu exits, %llu holes, %llu writes, %llu files\n",
+		r.nr_sweeps, r.nr_exits, r.nr_holes, r.nr_writes, r.nr_files);
+	TEST_ASSERT(r.nr_sweeps && r.nr_exits && r.nr_holes && r.nr_files,
+		    "Somebody did nothing");
+}
+
+int main(int argc, char *argv[])
+{
+	page_size = getpagesize();
+
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_USERFAULT));
+	TEST_REQUIRE(kvm_has_mappable_guest_memfd());
+
+	return test_harness_run(argc, argv);
+}
