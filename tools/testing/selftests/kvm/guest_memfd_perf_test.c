@@ -32,6 +32,9 @@ struct memory {
 	int uffd;
 };
 
+#define NR_MEMORIES	2
+
+static struct memory memories[NR_MEMORIES];
 static u8 *src;
 
 static u64 now_ns(void)
@@ -193,39 +196,55 @@ static void do_missing_faults(struct memory *m)
 	do_faults(m, false);
 }
 
-static void measure(struct memory *m, const char *what, void (*prepare)(struct memory *),
-		    void (*fn)(struct memory *))
+static u64 measure_round(struct memory *m, void (*prepare)(struct memory *),
+			 void (*fn)(struct memory *))
 {
-	u64 best = ~0ull, start, ns;
-	int i;
+	u64 start;
 
-	for (i = 0; i < nr_rounds; i++) {
-		prepare(m);
-		start = now_ns();
-		fn(m);
-		ns = now_ns() - start;
-		best = min(best, ns);
-	}
-	memory_empty(m);
+	prepare(m);
+	start = now_ns();
+	fn(m);
 
-	pr_info("%-12s %-40s %8lu ns/page\n", m->name, what, best / nr_pages);
+	return (now_ns() - start) / nr_pages;
 }
 
-static void measure_memory(struct memory *m, bool can_write)
+/* By turns, for both kinds of memory to see the system in the same state. */
+static void measure(const char *what, void (*prepare)(struct memory *),
+		    void (*fn)(struct memory *))
 {
-	measure(m, "MINOR fault, CONTINUE", memory_populate, do_minor_faults);
-	measure(m, "MISSING fault, COPY", memory_empty, do_missing_faults);
-	measure(m, "CONTINUE", memory_populate, do_continue);
-	measure(m, "COPY", memory_empty, do_copy);
-	measure(m, "COPY, all at once", memory_empty, do_copy_all);
-	measure(m, "memcpy()", memory_empty, do_memcpy);
-	measure(m, "memcpy() and CONTINUE", memory_empty, do_memcpy_continue);
+	u64 best[NR_MEMORIES];
+	int i, j;
+
+	memset(best, -1, sizeof(best));
+	for (i = 0; i < nr_rounds; i++) {
+		for (j = 0; j < NR_MEMORIES; j++)
+			best[j] = min(best[j], measure_round(&memories[j], prepare, fn));
+	}
+
+	pr_info("%-24s", what);
+	for (j = 0; j < NR_MEMORIES; j++) {
+		memory_empty(&memories[j]);
+		pr_info(" %12lu", best[j]);
+	}
+	pr_info("\n");
+}
+
+static void measure_all(bool can_write)
+{
+	pr_info("%-24s %12s %12s\n", "ns per page", memories[0].name, memories[1].name);
+	measure("MINOR fault, CONTINUE", memory_populate, do_minor_faults);
+	measure("MISSING fault, COPY", memory_empty, do_missing_faults);
+	measure("CONTINUE", memory_populate, do_continue);
+	measure("COPY", memory_empty, do_copy);
+	measure("COPY, all at once", memory_empty, do_copy_all);
+	measure("memcpy()", memory_empty, do_memcpy);
+	measure("memcpy() and CONTINUE", memory_empty, do_memcpy_continue);
 	if (!can_write)
 		return;
 
-	measure(m, "write()", memory_empty, do_write);
-	measure(m, "write(), all at once", memory_empty, do_write_all);
-	measure(m, "write() and CONTINUE", memory_empty, do_write_continue);
+	measure("write()", memory_empty, do_write);
+	measure("write(), all at once", memory_empty, do_write_all);
+	measure("write() and CONTINUE", memory_empty, do_write_continue);
 }
 
 static bool has_gmem_uffd(void)
@@ -254,10 +273,9 @@ static void help(const char *name)
 int main(int argc, char *argv[])
 {
 	u64 flags = MAPPABLE_GUEST_MEMFD_FLAGS;
-	struct memory shmem, gmem;
 	struct kvm_vm *vm;
 	bool can_write;
-	int opt;
+	int opt, i;
 
 	while ((opt = getopt(argc, argv, "hn:r:")) != -1) {
 		switch (opt) {
@@ -285,16 +303,15 @@ int main(int argc, char *argv[])
 		flags |= GUEST_MEMFD_FLAG_WRITE;
 
 	vm = vm_create_barebones();
-	memory_init(&shmem, "shmem", kvm_memfd_alloc(size, false));
-	memory_init(&gmem, "guest_memfd", vm_create_guest_memfd(vm, size, flags));
-	set_blocking(shmem.uffd);
-	set_blocking(gmem.uffd);
+	memory_init(&memories[0], "shmem", kvm_memfd_alloc(size, false));
+	memory_init(&memories[1], "guest_memfd", vm_create_guest_memfd(vm, size, flags));
+	for (i = 0; i < NR_MEMORIES; i++)
+		set_blocking(memories[i].uffd);
 
-	measure_memory(&shmem, true);
-	measure_memory(&gmem, can_write);
+	measure_all(can_write);
 
-	memory_release(&shmem);
-	memory_release(&gmem);
+	for (i = 0; i < NR_MEMORIES; i++)
+		memory_release(&memories[i]);
 	kvm_munmap(src, size);
 	kvm_vm_free(vm);
 

@@ -1461,11 +1461,10 @@ static void *file_write_thread(void *arg)
 	return NULL;
 }
 
-static void file_write_start(struct file_write *w, gmem_data *self, u64 from,
-			     u64 to)
+static void file_write_start(struct file_write *w, gmem_data *self, void *src, u64 to)
 {
 	w->fd = self->fd;
-	w->src = mem_page(self, from);
+	w->src = src;
 	w->offset = to * page_size;
 	kvm_pthread_create(&w->thread, NULL, file_write_thread, w);
 }
@@ -1479,16 +1478,20 @@ uffd_test(gmem, write_from_missing_memory)
 
 	register_mem(self, 0, MISSING);
 
-	file_write_start(&w, self, 2, 3);
+	/* It waits half way, with nothing to be seen of the first half. */
+	TEST_ASSERT_EQ(copy(self, 1, 1), page_size);
+	file_write_start(&w, self, mem_page(self, 2) - page_size / 2, 3);
 	expect_fault(self->uffd, mem_page(self, 2), 0);
+	assert_in_file(self, 3, false);
 	TEST_ASSERT_EQ(copy(self, 2, 1), page_size);
 	kvm_pthread_join(w.thread, NULL);
 	TEST_ASSERT_EQ(w.ret, page_size);
 	assert_in_file(self, 3, true);
-	assert_page(alias_page(self, 3), content(2));
+	TEST_ASSERT_EQ(alias_page(self, 3)[page_size / 2 - 1], content(1));
+	TEST_ASSERT_EQ(alias_page(self, 3)[page_size / 2], content(2));
 
 	/* Onto itself: filling the source fills the destination. */
-	file_write_start(&w, self, 4, 4);
+	file_write_start(&w, self, mem_page(self, 4), 4);
 	expect_fault(self->uffd, mem_page(self, 4), 0);
 	TEST_ASSERT_EQ(copy(self, 4, 1), page_size);
 	kvm_pthread_join(w.thread, NULL);

@@ -250,6 +250,42 @@ userfault_test(gmem, holes_come_and_go)
 	TEST_ASSERT_EQ(agent_finish(self->vcpu), agent_page_content(page_gpa(0)));
 }
 
+/*
+ * The same for a memslot that names no mapping, so that the file is all that KVM
+ * learns of the hole by.
+ */
+userfault_test(gmem, punching_holes_without_a_mapping)
+{
+	u8 *mem;
+
+	fill(self, 0, NR_PAGES);
+	vm_mem_region_delete(self->vm, AGENT_SLOT);
+	vm_set_user_memory_region2(self->vm, AGENT_SLOT, KVM_MEM_GUEST_MEMFD, AGENT_GPA,
+				   self->size, NULL, self->fd, 0);
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, AGENT_GPA, NR_PAGES), 0);
+
+	punch(self, 0, 1);
+	assert_guest_reads(self, 0, 0);
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, page_gpa(1), NR_PAGES - 1), 0);
+
+	arm(self, 1, 2);
+	punch(self, 1, 1);
+	expect_read_fault(self, 1);
+	mem = kvm_mmap(self->size, PROT_READ | PROT_WRITE, MAP_SHARED, self->fd);
+	agent_fill(mem + page_size, page_gpa(1), 1);
+	clear(self, 1, 1);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), agent_page_content(page_gpa(1)));
+
+	expect_read_fault(self, 2);
+	punch(self, 2, 1);
+	clear(self, 2, 1);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), 0);
+
+	kvm_munmap(mem, self->size);
+	vm_set_user_memory_region2(self->vm, AGENT_SLOT, KVM_MEM_GUEST_MEMFD, AGENT_GPA,
+				   0, NULL, -1, 0);
+}
+
 static void assert_guest_page_is_zero(gmem_data *self, u64 page)
 {
 	u64 off;
