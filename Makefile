@@ -10,7 +10,7 @@ export ARCH KERNEL JOBS
 
 help:
 	@echo 'make run        demand-page a guest with KVM Userfault beside userfaultfd, in QEMU'
-	@echo 'make test       everything that must hold, on x86_64 and arm64 (about 45 minutes)'
+	@echo 'make test       everything that must hold, on x86_64 and arm64 (about an hour)'
 	@echo 'make test-long  all KVM selftests, unpatched kernel against patched (hours)'
 	@echo 'make check      what needs no boot: checkpatch, sparse, W=1, every patch builds'
 	@echo 'make tree       build/linux: a git tree with the series, to develop in'
