@@ -360,6 +360,14 @@ static int kvm_userfault_enable(struct kvm *kvm)
 
 	xa_init_flags(&uf->chunks, XA_FLAGS_ACCOUNT);
 	rcu_assign_pointer(kvm->userfault, uf);
+
+	/*
+	 * Wait for vCPUs that have found userfault disabled, and may be about to
+	 * allocate a page in a guest_memfd: it must not appear after userspace has
+	 * armed it and made sure that it isn't there.  Pairs with kvm->srcu being
+	 * held by callers of kvm_gmem_get_pfn().
+	 */
+	synchronize_srcu_expedited(&kvm->srcu);
 	return 0;
 }
 
