@@ -21,13 +21,7 @@
 #include "ucall_common.h"
 #include "userfault_util.h"
 
-/* The kernels that run this with every debug option on are slow. */
-#define TEST_TIMEOUT_SECS	120
-
-#define userfault_test(fixture, name) \
-	TEST_F_TIMEOUT(fixture, name, TEST_TIMEOUT_SECS)
-
-#define NR_PAGES		32
+#define GMEM_PAGES		32
 #define NR_VCPUS		2
 
 #define OTHER_SLOT		(AGENT_SLOT + 1)
@@ -37,11 +31,6 @@
 #define STALE_BYTE		0xa5
 
 static u64 page_size;
-
-static u64 page_gpa(u64 page)
-{
-	return AGENT_GPA + page * page_size;
-}
 
 FIXTURE(gmem) {
 	struct kvm_vcpu *vcpus[NR_VCPUS];
@@ -61,7 +50,7 @@ FIXTURE_SETUP(gmem)
 	if (kvm_has_guest_memfd_flags(GUEST_MEMFD_FLAG_WRITE))
 		flags |= GUEST_MEMFD_FLAG_WRITE;
 
-	self->size = NR_PAGES * page_size;
+	self->size = GMEM_PAGES * page_size;
 	self->vm = agent_create_vm(VM_SHAPE_DEFAULT, NR_VCPUS, self->vcpus);
 	self->vcpu = self->vcpus[0];
 	self->fd = vm_create_guest_memfd(self->vm, self->size, flags);
@@ -154,17 +143,17 @@ userfault_test(gmem, exits_allocate_nothing)
 {
 	u64 i;
 
-	arm(self, 0, NR_PAGES);
+	arm(self, 0, GMEM_PAGES);
 	expect_read_fault(self, 0);
 	for (i = 0; i < 3; i++)
 		vcpu_run_expect_userfault(self->vcpu, page_gpa(0), USERFAULT_READ);
-	for (i = 0; i < NR_PAGES; i++)
+	for (i = 0; i < GMEM_PAGES; i++)
 		assert_in_file(self, i, false);
 
 	fill(self, 0, 1);
 	clear(self, 0, 1);
 	TEST_ASSERT_EQ(agent_finish(self->vcpu), agent_page_content(page_gpa(0)));
-	for (i = 1; i < NR_PAGES; i++)
+	for (i = 1; i < GMEM_PAGES; i++)
 		assert_in_file(self, i, false);
 
 	agent_expect_userfault(self->vcpu, AGENT_WRITE, page_gpa(1), 7, page_gpa(1),
@@ -184,9 +173,9 @@ userfault_test(gmem, filled_by_write)
 	if (!kvm_has_guest_memfd_flags(GUEST_MEMFD_FLAG_WRITE))
 		SKIP(return, "guest_memfd cannot be written");
 
-	arm(self, 0, NR_PAGES);
-	agent_request(self->vcpu, AGENT_CHECK, AGENT_GPA, NR_PAGES);
-	for (i = 0; i < NR_PAGES; i++) {
+	arm(self, 0, GMEM_PAGES);
+	agent_request(self->vcpu, AGENT_CHECK, AGENT_GPA, GMEM_PAGES);
+	for (i = 0; i < GMEM_PAGES; i++) {
 		vcpu_run_expect_userfault(self->vcpu, page_gpa(i), USERFAULT_READ);
 		agent_fill(src, page_gpa(i), 1);
 		TEST_ASSERT_EQ(pwrite(self->fd, src, page_size, i * page_size), page_size);
@@ -200,10 +189,10 @@ userfault_test(gmem, filled_by_write)
 
 userfault_test(gmem, punching_holes_while_armed)
 {
-	fill(self, 0, NR_PAGES);
-	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, AGENT_GPA, NR_PAGES), 0);
+	fill(self, 0, GMEM_PAGES);
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, AGENT_GPA, GMEM_PAGES), 0);
 	arm(self, 0, 4);
-	punch(self, 0, NR_PAGES / 2);
+	punch(self, 0, GMEM_PAGES / 2);
 
 	/* Page 0 is filled anew, page 1 is released as the hole that it is. */
 	expect_read_fault(self, 0);
@@ -226,8 +215,8 @@ userfault_test(gmem, punching_holes_while_armed)
 
 	/* Nobody else is concerned. */
 	assert_guest_reads(self, 4, 0);
-	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, page_gpa(NR_PAGES / 2),
-				NR_PAGES / 2), 0);
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, page_gpa(GMEM_PAGES / 2),
+				GMEM_PAGES / 2), 0);
 	expect_read_fault(self, 3);
 }
 
@@ -258,15 +247,15 @@ userfault_test(gmem, punching_holes_without_a_mapping)
 {
 	u8 *mem;
 
-	fill(self, 0, NR_PAGES);
+	fill(self, 0, GMEM_PAGES);
 	vm_mem_region_delete(self->vm, AGENT_SLOT);
 	vm_set_user_memory_region2(self->vm, AGENT_SLOT, KVM_MEM_GUEST_MEMFD, AGENT_GPA,
 				   self->size, NULL, self->fd, 0);
-	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, AGENT_GPA, NR_PAGES), 0);
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, AGENT_GPA, GMEM_PAGES), 0);
 
 	punch(self, 0, 1);
 	assert_guest_reads(self, 0, 0);
-	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, page_gpa(1), NR_PAGES - 1), 0);
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, page_gpa(1), GMEM_PAGES - 1), 0);
 
 	arm(self, 1, 2);
 	punch(self, 1, 1);
@@ -332,7 +321,7 @@ static void add_second_slot(gmem_data *self)
 
 userfault_test(gmem, two_slots_on_one_file)
 {
-	u64 nr = NR_PAGES / 2;
+	u64 nr = GMEM_PAGES / 2;
 	u8 *other;
 
 	add_second_slot(self);
@@ -370,8 +359,8 @@ userfault_test(gmem, next_to_other_memory)
 	u8 *other;
 
 	other = agent_add_memory(self->vm, VM_MEM_SRC_ANONYMOUS, OTHER_GPA, OTHER_SLOT,
-				 NR_PAGES, 0);
-	arm(self, 0, NR_PAGES);
+				 GMEM_PAGES, 0);
+	arm(self, 0, GMEM_PAGES);
 	vm_userfault_arm(self->vm, OTHER_GPA, self->size);
 
 	expect_read_fault(self, 5);
@@ -401,7 +390,7 @@ userfault_test(gmem, closing_the_file_with_open_faults)
 	vm_mem_region_delete(self->vm, AGENT_SLOT);
 	vm_set_user_memory_region2(self->vm, AGENT_SLOT, KVM_MEM_GUEST_MEMFD, AGENT_GPA,
 				   self->size, NULL, self->fd, 0);
-	arm(self, 0, NR_PAGES);
+	arm(self, 0, GMEM_PAGES);
 	for (i = 0; i < NR_VCPUS; i++)
 		agent_expect_userfault(self->vcpus[i], AGENT_READ, page_gpa(i), 0,
 				       page_gpa(i), USERFAULT_READ);
@@ -411,7 +400,7 @@ userfault_test(gmem, closing_the_file_with_open_faults)
 	for (i = 0; i < NR_VCPUS; i++)
 		vcpu_run_expect_userfault(self->vcpus[i], page_gpa(i), USERFAULT_READ);
 
-	clear(self, 0, NR_PAGES);
+	clear(self, 0, GMEM_PAGES);
 	for (i = 0; i < NR_VCPUS; i++) {
 		ret = _vcpu_run(self->vcpus[i]);
 		TEST_ASSERT(ret == -1 && errno == EFAULT, KVM_IOCTL_ERROR(KVM_RUN, ret));
@@ -462,8 +451,8 @@ struct race {
 	gmem_data *gmem;
 	atomic_bool stop;
 	/* Protects filling and releasing against arming and spoiling. */
-	pthread_mutex_t locks[NR_PAGES];
-	bool spoilt[NR_PAGES];
+	pthread_mutex_t locks[GMEM_PAGES];
+	bool spoilt[GMEM_PAGES];
 	atomic_ullong nr_sweeps, nr_exits, nr_holes, nr_writes, nr_files;
 };
 
@@ -507,7 +496,7 @@ static void race_run_vcpu(struct race *r, struct kvm_vcpu *vcpu)
 	enum agent_exit exit;
 
 	do {
-		agent_request(vcpu, AGENT_CHECK, AGENT_GPA, NR_PAGES);
+		agent_request(vcpu, AGENT_CHECK, AGENT_GPA, GMEM_PAGES);
 		for (;;) {
 			exit = agent_run(vcpu);
 			if (exit != AGENT_USERFAULT)
@@ -546,7 +535,7 @@ static void *race_spoiler(void *arg)
 	struct race *r = arg;
 
 	while (!atomic_load(&r->stop)) {
-		u64 page = kvm_random_u32(&rng) % NR_PAGES;
+		u64 page = kvm_random_u32(&rng) % GMEM_PAGES;
 
 		pthread_mutex_lock(&r->locks[page]);
 		arm(r->gmem, page, 1);
@@ -570,7 +559,7 @@ static void *race_writer(void *arg)
 	struct race *r = arg;
 
 	while (buf && !atomic_load(&r->stop)) {
-		u64 page = kvm_random_u32(&rng) % NR_PAGES;
+		u64 page = kvm_random_u32(&rng) % GMEM_PAGES;
 		ssize_t ret;
 
 		agent_fill(buf, page_gpa(page), 1);
@@ -622,8 +611,8 @@ userfault_test(gmem, races)
 	struct race r = { .gmem = self };
 	int i;
 
-	arm(self, 0, NR_PAGES);
-	for (i = 0; i < NR_PAGES; i++)
+	arm(self, 0, GMEM_PAGES);
+	for (i = 0; i < GMEM_PAGES; i++)
 		pthread_mutex_init(&r.locks[i], NULL);
 	for (i = 0; i < ARRAY_SIZE(fns); i++)
 		kvm_pthread_create(&threads[i], NULL, fns[i], &r);

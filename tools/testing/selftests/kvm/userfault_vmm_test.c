@@ -36,13 +36,9 @@
 #include "userfault_util.h"
 #include "userfaultfd_util.h"
 
-/* The kernels that run this with every debug option on are slow. */
-#define TEST_TIMEOUT_SECS	120
-
 #define NR_VCPUS		2
 
 /* What vCPUs and the VMM read, and behind it a few pages that KVM writes to. */
-#define NR_PAGES		64
 #define STEAL_TIME_PAGE		NR_PAGES
 #define CLOCK_PAGE		(NR_PAGES + 1)
 #define ALL_PAGES		(NR_PAGES + 2)
@@ -51,11 +47,6 @@
 #define KVM_BYTES		64
 
 static u64 page_size;
-
-static u64 page_gpa(u64 page)
-{
-	return AGENT_GPA + page * page_size;
-}
 
 /*
  * The pager.
