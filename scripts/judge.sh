@@ -73,16 +73,16 @@ why()
 # outcome BOOT N: the line of TAP on the N-th test, nothing if it did not finish.
 outcome() { grep "^\(not \)\?ok $2 " "$LOGS/$1.tap" || true; }
 
-# again BOOT LIST [KERNEL-PARAMETER...]: QEMU's emulation of SVM is not perfect:
-# once in some hundred runs of a test, also on unpatched kernels, a guest or the
-# machine shuts down. Under it, run what did not pass once more, if that is not
-# much, in a boot of its own; to pass then is told apart from passing at once.
+# again BOOT LIST [KERNEL-PARAMETER...]: QEMU's emulation of what KVM needs is not
+# perfect: once in some hundred runs of a test a guest or the machine shuts down
+# or hangs. Under it, run what did not pass once more, if that is not much, in a
+# boot of its own; to pass then is told apart from passing at once.
 again()
 {
-	local boot=$1 n=0 secs test failed=0 list=$LOGS/$1-again.list
+	local boot=$1 arch=${1%%-*} n=0 secs test failed=0 list=$LOGS/$1-again.list
 
 	rm -f "$LOGS/$1-again".*
-	[ "${1%%-*}-$(cat "$BUILD/images/x86_64-accel" 2>/dev/null)" = x86_64-tcg ] || return 0
+	[ "$(cat "$BUILD/images/$arch-accel" 2>/dev/null)" = tcg ] || return 0
 	while read -r secs test; do
 		n=$((n + 1))
 		[[ $test != mm/* ]] || continue
@@ -98,7 +98,7 @@ again()
 	fi
 	shift 2
 	stage "$boot: $(wc -l < "$list") tests once more"
-	"$TOP/scripts/boot" x86_64 debug series "$boot-again" "$@" < "$list" ||
+	"$TOP/scripts/boot" "$arch" debug series "$boot-again" "$@" < "$list" ||
 		result fail "$boot-again: boot" "the kernel did not come up, or not to the end"
 }
 
