@@ -824,27 +824,13 @@ uffd_test(gmem, threads_that_share_a_page)
  * ZEROPAGE.  The pages that it takes were full of something else before.
  */
 
-static void stain_free_memory(struct kvm_vm *vm)
-{
-	size_t size = SZ_4M;
-	u8 *mem;
-	int fd;
-
-	fd = vm_create_guest_memfd(vm, size, MAPPABLE_GUEST_MEMFD_FLAGS);
-	mem = kvm_mmap(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
-	memset(mem, STALE_BYTE, size);
-	kvm_munmap(mem, size);
-	kvm_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, size);
-	close(fd);
-}
-
 uffd_test(gmem, zeropage_is_zero)
 {
 	struct access a;
 	u64 i;
 
 	register_mem(self, 0, MISSING);
-	stain_free_memory(self->vm);
+	vm_stain_free_memory(self->vm, STALE_BYTE);
 
 	read_start(&a, mem_page(self, 0));
 	expect_fault(self->uffd, mem_page(self, 0), 0);
@@ -1017,7 +1003,7 @@ uffd_test(gmem, continue_leaks_no_old_data)
 	mem = kvm_mmap(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
 	uffd_register(self->uffd, mem, size, MINOR);
 
-	stain_free_memory(self->vm);
+	vm_stain_free_memory(self->vm, STALE_BYTE);
 	kvm_fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, size);
 
 	/* One half at once, the other one page by page. */
@@ -1038,7 +1024,7 @@ uffd_test(gmem, allocated_pages_are_minor_faults)
 	struct access a;
 
 	register_mem(self, 0, MISSING | MINOR);
-	stain_free_memory(self->vm);
+	vm_stain_free_memory(self->vm, STALE_BYTE);
 	kvm_fallocate(self->fd, FALLOC_FL_KEEP_SIZE, 0, page_size);
 
 	read_start(&a, mem_page(self, 0));

@@ -109,20 +109,6 @@ static void punch(gmem_data *self, u64 page, u64 nr)
 		      page * page_size, nr * page_size);
 }
 
-static void stain_free_memory(struct kvm_vm *vm)
-{
-	size_t size = SZ_4M;
-	u8 *mem;
-	int fd;
-
-	fd = vm_create_guest_memfd(vm, size, MAPPABLE_GUEST_MEMFD_FLAGS);
-	mem = kvm_mmap(size, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
-	memset(mem, STALE_BYTE, size);
-	kvm_munmap(mem, size);
-	kvm_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, size);
-	close(fd);
-}
-
 static void expect_read_fault(gmem_data *self, u64 page)
 {
 	agent_expect_userfault(self->vcpu, AGENT_READ, page_gpa(page), 0,
@@ -291,7 +277,7 @@ userfault_test(gmem, allocating_while_armed)
 
 	arm(self, 0, 4);
 	expect_read_fault(self, 0);
-	stain_free_memory(self->vm);
+	vm_stain_free_memory(self->vm, STALE_BYTE);
 	kvm_fallocate(self->fd, FALLOC_FL_KEEP_SIZE, 0, 6 * page_size);
 	vcpu_run_expect_userfault(self->vcpu, page_gpa(0), USERFAULT_READ);
 
