@@ -9,14 +9,17 @@
  *
  * Locking:
  *
- *  - kvm->userfault, the chunks in it, and setting of bits: slots_lock
- *  - reading bits and clearing them: RCU
+ *  - kvm->userfault, and setting of bits: slots_lock
+ *  - reading bits and clearing them: RCU, or a reference to the state
+ *  - the chunks: they are added under the lock of the xarray, and stay until the
+ *    state is freed
  *
  * Ordering:
  *
  *  - Whoever clears a bit, or all of them by disabling userfault, has filled the
- *    page: kvm_userfault_clear() and kvm_userfault_detach() order the two, and pair
- *    with the acquire of whoever finds the bit clear, or userfault disabled.
+ *    page: kvm_userfault_clear_range(), kvm_userfault_close_queue() and
+ *    kvm_userfault_detach() order the two, and pair with the acquire of whoever
+ *    finds the bit clear, the state closed, or userfault disabled.
  *  - Whoever sets a bit invalidates the gfn afterwards.  Whoever maps the gfn
  *    reads mmu_invalidate_seq first, then tests the bit, and then maps it under
  *    mmu_lock only if the sequence still stands: a bit that was missed is
@@ -25,19 +28,17 @@
  *    sequence: a mapping that missed the bit is there for the invalidation to
  *    find.
  */
+#include <linux/eventfd.h>
 #include <linux/kvm_host.h>
 #include <linux/kvm_userfault.h>
 #include <trace/events/kvm.h>
 
 #include "kvm_mm.h"
+#include "userfault.h"
 
 #define KVM_USERFAULT_CHUNK_SHIFT	(PAGE_SHIFT + ilog2(BITS_PER_BYTE))
 #define KVM_USERFAULT_CHUNK_GFNS	BIT(KVM_USERFAULT_CHUNK_SHIFT)
-
-struct kvm_userfault {
-	/* By gfn >> KVM_USERFAULT_CHUNK_SHIFT, a page with one bit a gfn. */
-	struct xarray chunks;
-};
+#define KVM_USERFAULT_MAX_CHUNK		(gpa_to_gfn(~0ULL) >> KVM_USERFAULT_CHUNK_SHIFT)
 
 /* The part of a range of gfns that lies in one chunk. */
 struct kvm_userfault_span {
@@ -64,24 +65,52 @@ static struct kvm_userfault *kvm_userfault_locked(struct kvm *kvm)
 					 lockdep_is_held(&kvm->slots_lock));
 }
 
+struct kvm_userfault *kvm_userfault_get(struct kvm *kvm)
+{
+	struct kvm_userfault *uf;
+
+	guard(rcu)();
+
+	/* The VM's own reference is dropped a grace period after the pointer. */
+	uf = rcu_dereference(kvm->userfault);
+	if (uf)
+		refcount_inc(&uf->refs);
+
+	return uf;
+}
+
 static unsigned long *kvm_userfault_chunk_rcu(struct kvm *kvm, unsigned long index)
 {
 	struct kvm_userfault *uf = rcu_dereference(kvm->userfault);
 
-	return uf ? xa_load(&uf->chunks, index) : NULL;
+	if (!uf || kvm_userfault_is_closed(uf))
+		return NULL;
+
+	return xa_load(&uf->chunks, index);
 }
 
-bool __kvm_userfault_armed(struct kvm *kvm, gfn_t gfn)
+bool kvm_userfault_test(struct kvm_userfault *uf, gfn_t gfn)
 {
 	struct kvm_userfault_span span = kvm_userfault_span(gfn, gfn + 1);
 	unsigned long *chunk;
 
+	if (kvm_userfault_is_closed(uf))
+		return false;
+
+	chunk = xa_load(&uf->chunks, span.index);
+
+	/* Pairs with the barrier in kvm_userfault_clear_range(). */
+	return chunk && test_bit_acquire(span.first, chunk);
+}
+
+bool __kvm_userfault_armed(struct kvm *kvm, gfn_t gfn)
+{
+	struct kvm_userfault *uf;
+
 	guard(rcu)();
 
-	chunk = kvm_userfault_chunk_rcu(kvm, span.index);
-
-	/* Pairs with the barrier in kvm_userfault_clear(). */
-	return chunk && test_bit_acquire(span.first, chunk);
+	uf = rcu_dereference(kvm->userfault);
+	return uf && kvm_userfault_test(uf, gfn);
 }
 
 gfn_t __kvm_userfault_nr_clear(struct kvm *kvm, gfn_t gfn, gfn_t nr_pages)
@@ -110,8 +139,8 @@ gfn_t __kvm_userfault_nr_clear(struct kvm *kvm, gfn_t gfn, gfn_t nr_pages)
 
 	/*
 	 * Read what is in the pages only after the bits, as the acquire in
-	 * __kvm_userfault_armed() does.  Pairs with the barrier in
-	 * kvm_userfault_clear().
+	 * kvm_userfault_test() does.  Pairs with the barrier in
+	 * kvm_userfault_clear_range().
 	 */
 	smp_rmb();
 	return next - gfn;
@@ -158,8 +187,8 @@ static void kvm_userfault_write_span(unsigned long *chunk,
 					 BITMAP_LAST_WORD_MASK(end), set);
 }
 
-static int kvm_userfault_add_chunk(struct kvm *kvm, struct kvm_userfault *uf,
-				   unsigned long index)
+/* Add the chunk at @index, unless somebody else is faster. */
+static int kvm_userfault_add_chunk(struct kvm_userfault *uf, unsigned long index)
 {
 	void *chunk = (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT);
 	int r;
@@ -167,14 +196,31 @@ static int kvm_userfault_add_chunk(struct kvm *kvm, struct kvm_userfault *uf,
 	if (!chunk)
 		return -ENOMEM;
 
-	r = xa_err(xa_store(&uf->chunks, index, chunk, GFP_KERNEL_ACCOUNT));
+	r = xa_insert(&uf->chunks, index, chunk, GFP_KERNEL_ACCOUNT);
 	if (r) {
 		free_page((unsigned long)chunk);
-		return r;
+		return r == -EBUSY ? 0 : r;
 	}
 
-	++kvm->stat.generic.userfault_bitmap_pages;
+	guard(spinlock_irqsave)(&uf->lock);
+
+	if (uf->kvm)
+		++uf->kvm->stat.generic.userfault_bitmap_pages;
 	return 0;
+}
+
+void *kvm_userfault_get_chunk(struct kvm_userfault *uf, unsigned long index)
+{
+	void *chunk = xa_load(&uf->chunks, index);
+	int r;
+
+	if (chunk)
+		return chunk;
+	if (index > KVM_USERFAULT_MAX_CHUNK || kvm_userfault_is_closed(uf))
+		return ERR_PTR(-EINVAL);
+
+	r = kvm_userfault_add_chunk(uf, index);
+	return r ? ERR_PTR(r) : xa_load(&uf->chunks, index);
 }
 
 int kvm_userfault_reserve(struct kvm *kvm, gfn_t start, gfn_t end)
@@ -195,7 +241,7 @@ int kvm_userfault_reserve(struct kvm *kvm, gfn_t start, gfn_t end)
 		if (fatal_signal_pending(current))
 			return -EINTR;
 
-		r = kvm_userfault_add_chunk(kvm, uf, span.index);
+		r = kvm_userfault_add_chunk(uf, span.index);
 		if (r)
 			return r;
 
@@ -268,18 +314,11 @@ void kvm_userfault_arm(struct kvm *kvm, gfn_t start, gfn_t end)
  * Clear the part of [@start, @end) that is in the first chunk there is, and
  * return where to go on.
  */
-static gfn_t kvm_userfault_clear_chunk(struct kvm *kvm, gfn_t start, gfn_t end)
+static gfn_t kvm_userfault_clear_chunk(struct kvm_userfault *uf, gfn_t start, gfn_t end)
 {
 	unsigned long index = start >> KVM_USERFAULT_CHUNK_SHIFT;
 	struct kvm_userfault_span span;
-	struct kvm_userfault *uf;
 	unsigned long *chunk;
-
-	guard(rcu)();
-
-	uf = rcu_dereference(kvm->userfault);
-	if (!uf)
-		return end;
 
 	chunk = xa_find(&uf->chunks, &index, (end - 1) >> KVM_USERFAULT_CHUNK_SHIFT,
 			XA_PRESENT);
@@ -293,7 +332,7 @@ static gfn_t kvm_userfault_clear_chunk(struct kvm *kvm, gfn_t start, gfn_t end)
 	return start + span.nr;
 }
 
-void kvm_userfault_clear(struct kvm *kvm, gfn_t start, gfn_t end)
+void kvm_userfault_clear_range(struct kvm_userfault *uf, gfn_t start, gfn_t end)
 {
 	might_sleep();
 
@@ -302,18 +341,29 @@ void kvm_userfault_clear(struct kvm *kvm, gfn_t start, gfn_t end)
 	/*
 	 * The content of the pages, which somebody else may have written, is
 	 * visible to all before any of the bits is seen clear.  Pairs with the
-	 * acquire in __kvm_userfault_armed() and the smp_rmb() in
+	 * acquire in kvm_userfault_test() and the smp_rmb() in
 	 * __kvm_userfault_nr_clear().
 	 */
 	smp_mb();
 
 	while (start < end) {
-		start = kvm_userfault_clear_chunk(kvm, start, end);
+		start = kvm_userfault_clear_chunk(uf, start, end);
 		cond_resched();
 	}
 }
 
-/* Tell userspace that the vCPU needs @gfn, which is armed.  Returns -EFAULT. */
+void kvm_userfault_clear(struct kvm *kvm, gfn_t start, gfn_t end)
+{
+	struct kvm_userfault *uf __free(kvm_userfault_put) = kvm_userfault_get(kvm);
+
+	if (!uf)
+		return;
+
+	kvm_userfault_clear_range(uf, start, end);
+	kvm_userfault_wake(uf, start, end, 0);
+}
+
+/* The vCPU needs @gfn, which is armed: let KVM_RUN end.  Returns -EFAULT. */
 int kvm_userfault_prepare_exit(struct kvm_vcpu *vcpu, gfn_t gfn, bool is_write,
 			       bool is_exec, bool is_private)
 {
@@ -321,16 +371,21 @@ int kvm_userfault_prepare_exit(struct kvm_vcpu *vcpu, gfn_t gfn, bool is_write,
 		     is_exec  ? KVM_MEMORY_EXIT_FLAG_EXEC :
 				KVM_MEMORY_EXIT_FLAG_READ;
 
-	kvm_prepare_memory_fault_exit(vcpu, gfn_to_gpa(gfn), PAGE_SIZE, is_write,
-				      is_exec, is_private);
-	vcpu->run->memory_fault.flags |= KVM_MEMORY_EXIT_FLAG_USERFAULT | access;
+	/* A failure that KVM_RUN has to report goes first. */
+	if (vcpu->userfault_error)
+		return -EFAULT;
 
-	++vcpu->stat.generic.userfault_exits;
-	trace_kvm_userfault_exit(vcpu->vcpu_id, gfn, vcpu->run->memory_fault.flags);
+	vcpu->userfault = (struct kvm_userfault_event) {
+		.gpa = gfn_to_gpa(gfn),
+		.size = PAGE_SIZE,
+		.flags = KVM_MEMORY_EXIT_FLAG_USERFAULT | access |
+			 (is_private ? KVM_MEMORY_EXIT_FLAG_PRIVATE : 0),
+		.vcpu_id = vcpu->vcpu_id,
+		.as_id = kvm_arch_vcpu_memslots_id(vcpu),
+	};
 	return -EFAULT;
 }
 
-/* Nobody may look at @uf any more. */
 static void kvm_userfault_free(struct kvm_userfault *uf)
 {
 	unsigned long index;
@@ -342,23 +397,69 @@ static void kvm_userfault_free(struct kvm_userfault *uf)
 	}
 
 	xa_destroy(&uf->chunks);
-	kfree(uf);
+	if (uf->eventfd)
+		eventfd_ctx_put(uf->eventfd);
+	kvfree(uf);
 }
 
-static int kvm_userfault_enable(struct kvm *kvm)
+void kvm_userfault_put(struct kvm_userfault *uf)
+{
+	if (uf && refcount_dec_and_test(&uf->refs))
+		kvm_userfault_free(uf);
+}
+
+static struct kvm_userfault *kvm_userfault_alloc(struct kvm *kvm, u64 flags)
+{
+	struct kvm_userfault *uf = kvzalloc_obj(*uf, GFP_KERNEL_ACCOUNT);
+
+	if (!uf)
+		return NULL;
+
+	refcount_set(&uf->refs, 1);
+	xa_init_flags(&uf->chunks, XA_FLAGS_ACCOUNT);
+	kvm_userfault_init_queue(uf);
+	uf->flags = flags;
+	uf->kvm = kvm;
+	return uf;
+}
+
+static int kvm_userfault_get_eventfd(struct kvm_userfault *uf, u64 fd)
+{
+	struct eventfd_ctx *eventfd;
+
+	if (!(uf->flags & KVM_USERFAULT_EVENTFD))
+		return 0;
+	if (fd > INT_MAX)
+		return -EBADF;
+
+	eventfd = eventfd_ctx_fdget(fd);
+	if (IS_ERR(eventfd))
+		return PTR_ERR(eventfd);
+
+	uf->eventfd = eventfd;
+	return 0;
+}
+
+static int kvm_userfault_enable(struct kvm *kvm, u64 flags, u64 eventfd)
 {
 	struct kvm_userfault *uf;
+	int r;
 
 	guard(mutex)(&kvm->slots_lock);
 
 	if (kvm_userfault_enabled(kvm))
 		return -EEXIST;
 
-	uf = kzalloc_obj(*uf, GFP_KERNEL_ACCOUNT);
+	uf = kvm_userfault_alloc(kvm, flags);
 	if (!uf)
 		return -ENOMEM;
 
-	xa_init_flags(&uf->chunks, XA_FLAGS_ACCOUNT);
+	r = kvm_userfault_get_eventfd(uf, eventfd);
+	if (r) {
+		kvm_userfault_put(uf);
+		return r;
+	}
+
 	rcu_assign_pointer(kvm->userfault, uf);
 
 	/*
@@ -408,16 +509,13 @@ static void kvm_userfault_recover(struct kvm *kvm, struct kvm_userfault *uf)
 	}
 }
 
-/* Take the bitmap away from @kvm, whose pages are all clear from here on. */
-static struct kvm_userfault *kvm_userfault_detach(struct kvm *kvm)
+/* Take @uf away from @kvm, unless somebody else has done that. */
+static bool kvm_userfault_detach(struct kvm *kvm, struct kvm_userfault *uf)
 {
-	struct kvm_userfault *uf;
-
 	guard(mutex)(&kvm->slots_lock);
 
-	uf = kvm_userfault_locked(kvm);
-	if (!uf)
-		return NULL;
+	if (kvm_userfault_locked(kvm) != uf)
+		return false;
 
 	/*
 	 * As in kvm_userfault_clear(), the content of the pages comes first.  Pairs
@@ -436,19 +534,28 @@ static struct kvm_userfault *kvm_userfault_detach(struct kvm *kvm)
 	KVM_MMU_UNLOCK(kvm);
 
 	kvm_userfault_recover(kvm, uf);
-	return uf;
+	return true;
 }
 
 static void kvm_userfault_disable(struct kvm *kvm)
 {
-	struct kvm_userfault *uf = kvm_userfault_detach(kvm);
+	struct kvm_userfault *uf __free(kvm_userfault_put) = kvm_userfault_get(kvm);
 
 	if (!uf)
 		return;
 
-	/* Others may have looked up a chunk, to read or clear bits. */
+	/*
+	 * First of all let go the accesses that wait.  A memslot update may wait
+	 * for them, with slots_lock held.
+	 */
+	kvm_userfault_close_queue(uf);
+
+	if (!kvm_userfault_detach(kvm, uf))
+		return;
+
+	/* Others may have looked up the state, to get a reference or read bits. */
 	synchronize_rcu();
-	kvm_userfault_free(uf);
+	kvm_userfault_put(uf);
 }
 
 u64 kvm_userfault_supported_flags(struct kvm *kvm)
@@ -456,34 +563,49 @@ u64 kvm_userfault_supported_flags(struct kvm *kvm)
 	if (!kvm_arch_supports_userfault(kvm))
 		return 0;
 
-	return KVM_USERFAULT_ENABLE | KVM_USERFAULT_DISABLE;
+	return KVM_USERFAULT_ENABLE | KVM_USERFAULT_DISABLE | KVM_USERFAULT_ASYNC |
+	       KVM_USERFAULT_ASYNC_VCPU | KVM_USERFAULT_EVENTFD;
+}
+
+static bool kvm_userfault_valid_flags(u64 flags)
+{
+	if (flags & (KVM_USERFAULT_ASYNC_VCPU | KVM_USERFAULT_EVENTFD))
+		return flags & KVM_USERFAULT_ASYNC;
+
+	return true;
 }
 
 int kvm_userfault_enable_cap(struct kvm *kvm, const struct kvm_enable_cap *cap)
 {
 	u64 flags = cap->args[0];
 
-	if (cap->flags || cap->args[1] || cap->args[2] || cap->args[3])
+	if (cap->flags || cap->args[2] || cap->args[3])
+		return -EINVAL;
+	if (cap->args[1] && !(flags & KVM_USERFAULT_EVENTFD))
 		return -EINVAL;
 	if (flags & ~kvm_userfault_supported_flags(kvm))
 		return -EINVAL;
 
-	switch (flags) {
-	case KVM_USERFAULT_ENABLE:
-		return kvm_userfault_enable(kvm);
-	case KVM_USERFAULT_DISABLE:
+	if (flags == KVM_USERFAULT_DISABLE) {
 		kvm_userfault_disable(kvm);
 		return 0;
-	default:
-		return -EINVAL;
 	}
+
+	if (!(flags & KVM_USERFAULT_ENABLE) || (flags & KVM_USERFAULT_DISABLE) ||
+	    !kvm_userfault_valid_flags(flags))
+		return -EINVAL;
+
+	return kvm_userfault_enable(kvm, flags, cap->args[1]);
 }
 
-/* The VM is gone: no vCPU, no memslot and no file refers to it any more. */
+/* The VM is gone: no vCPU, no device and no file refers to it any more. */
 void kvm_userfault_destroy(struct kvm *kvm)
 {
 	struct kvm_userfault *uf = rcu_dereference_protected(kvm->userfault, true);
 
-	if (uf)
-		kvm_userfault_free(uf);
+	if (!uf)
+		return;
+
+	kvm_userfault_close_queue(uf);
+	kvm_userfault_put(uf);
 }

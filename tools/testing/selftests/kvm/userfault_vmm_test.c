@@ -61,49 +61,6 @@ struct answer {
 	u64 error;
 };
 
-static int receive_fd(int sock)
-{
-	char control[CMSG_SPACE(sizeof(int))] = {};
-	char byte;
-	struct iovec iov = { &byte, 1 };
-	struct msghdr msg = {
-		.msg_iov = &iov,
-		.msg_iovlen = 1,
-		.msg_control = control,
-		.msg_controllen = sizeof(control),
-	};
-	struct cmsghdr *cmsg;
-	int fd;
-
-	TEST_ASSERT(recvmsg(sock, &msg, MSG_CMSG_CLOEXEC) == 1,
-		    "recvmsg() failed, errno %d", errno);
-	cmsg = CMSG_FIRSTHDR(&msg);
-	TEST_ASSERT(cmsg && cmsg->cmsg_type == SCM_RIGHTS, "Received no file");
-	memcpy(&fd, CMSG_DATA(cmsg), sizeof(fd));
-
-	return fd;
-}
-
-static void send_fd(int sock, int fd)
-{
-	char control[CMSG_SPACE(sizeof(int))] = {};
-	char byte = 0;
-	struct iovec iov = { &byte, 1 };
-	struct msghdr msg = {
-		.msg_iov = &iov,
-		.msg_iovlen = 1,
-		.msg_control = control,
-		.msg_controllen = sizeof(control),
-	};
-	struct cmsghdr *cmsg = CMSG_FIRSTHDR(&msg);
-
-	cmsg->cmsg_level = SOL_SOCKET;
-	cmsg->cmsg_type = SCM_RIGHTS;
-	cmsg->cmsg_len = CMSG_LEN(sizeof(fd));
-	memcpy(CMSG_DATA(cmsg), &fd, sizeof(fd));
-	TEST_ASSERT(sendmsg(sock, &msg, 0) == 1, "sendmsg() failed, errno %d", errno);
-}
-
 /* Returns false at the end of the requests. */
 static bool pager_serve(int sock, int fd, u64 *buf)
 {
@@ -130,9 +87,9 @@ static void pager_main(int *socks)
 {
 	struct pollfd pollfds[NR_SOCKETS];
 	u64 *buf = malloc(page_size);
-	int fd = receive_fd(socks[0]);
-	int i;
+	int fd, i;
 
+	receive_fds(socks[0], &fd, 1);
 	for (i = 0; i < NR_SOCKETS; i++)
 		pollfds[i] = (struct pollfd) { .fd = socks[i], .events = POLLIN };
 
@@ -271,7 +228,7 @@ FIXTURE_SETUP(vmm)
 	agent_map(self->vm, AGENT_GPA, AGENT_GPA, size);
 	self->hva = memslot2region(self->vm, AGENT_SLOT)->host_mem;
 
-	send_fd(self->socks[0], self->fd);
+	send_fds(self->socks[0], &self->fd, 1);
 
 	self->uffd = uffd_open(UFFD_FEATURE_MISSING_GUEST_MEMFD |
 			       UFFD_FEATURE_MINOR_GUEST_MEMFD);

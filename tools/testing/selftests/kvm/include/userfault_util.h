@@ -2,12 +2,17 @@
 /*
  * Helpers for tests of KVM Userfault.
  *
- * The first half wraps the interface.  The second half is an agent: guest code
- * that performs one memory access after the other on behalf of the host, so
- * that a test reads as a list of accesses and of what each of them must do.
+ * First, wrappers of the interface.  Next, an agent: guest code that performs one
+ * memory access after the other on behalf of the host, so that a test reads as a
+ * list of accesses and of what each of them must do.  Last, threads for system
+ * calls that wait for a page, and accesses by KVM itself for them to make.
  */
 #ifndef SELFTEST_KVM_USERFAULT_UTIL_H
 #define SELFTEST_KVM_USERFAULT_UTIL_H
+
+#include <pthread.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
 
 #include <linux/sizes.h>
 
@@ -80,7 +85,7 @@ void vcpu_assert_userfault(struct kvm_vcpu *vcpu, gpa_t gpa, u64 flags);
 void vcpu_run_expect_userfault(struct kvm_vcpu *vcpu, gpa_t gpa, u64 flags);
 
 /* The agent serves at most this many vCPUs of a VM. */
-#define AGENT_MAX_VCPUS		4
+#define AGENT_MAX_VCPUS		64
 
 enum agent_op {
 	AGENT_READ,	/* Return the word at @gva. */
@@ -104,6 +109,7 @@ void agent_request(struct kvm_vcpu *vcpu, enum agent_op op, gva_t gva, u64 arg);
 enum agent_exit agent_run(struct kvm_vcpu *vcpu);
 u64 agent_result(struct kvm_vcpu *vcpu);
 u64 agent_finish(struct kvm_vcpu *vcpu);
+bool agent_is_busy(struct kvm_vcpu *vcpu);
 bool agent_is_spinning(struct kvm_vcpu *vcpu);
 
 u64 agent_do(struct kvm_vcpu *vcpu, enum agent_op op, gva_t gva, u64 arg);
@@ -136,5 +142,143 @@ struct kvm_vm *agent_create_vm_with_memory(enum vm_mem_backing_src_type src,
 bool has_hugetlb(u64 size, u64 nr);
 bool is_thp(void *hva, u64 size);
 void agent_map(struct kvm_vm *vm, gva_t gva, gpa_t gpa, u64 size);
+
+/*
+ * The userfault file.
+ */
+
+int __vm_create_userfault_fd(struct kvm_vm *vm);
+int vm_create_userfault_fd(struct kvm_vm *vm);
+
+static inline int __userfault_resolve(int fd, gpa_t gpa, u64 size, u32 flags, int error)
+{
+	struct kvm_userfault_resolve resolve = {
+		.gpa = gpa,
+		.size = size,
+		.flags = flags,
+		.error = error,
+	};
+
+	return ioctl(fd, KVM_USERFAULT_RESOLVE, &resolve);
+}
+
+static inline void userfault_resolve(int fd, gpa_t gpa, u64 size, u32 flags, int error)
+{
+	int ret = __userfault_resolve(fd, gpa, size, flags, error);
+
+	TEST_ASSERT(!ret, KVM_IOCTL_ERROR(KVM_USERFAULT_RESOLVE, ret));
+}
+
+static inline void vm_userfault_enable_async(struct kvm_vm *vm, u64 flags)
+{
+	vm_enable_cap(vm, KVM_CAP_USERFAULT,
+		      KVM_USERFAULT_ENABLE | KVM_USERFAULT_ASYNC | flags);
+}
+
+/* The bits of the pages from @gpa on, up to the end of the page that they are in. */
+void *userfault_map_bitmap(int fd, gpa_t gpa);
+
+static inline bool userfault_test_bit(u8 *bitmap, u64 page)
+{
+	return __atomic_load_n(&bitmap[page / 8], __ATOMIC_ACQUIRE) & BIT(page % 8);
+}
+
+static inline void userfault_clear_bit(u8 *bitmap, u64 page)
+{
+	__atomic_fetch_and(&bitmap[page / 8], ~BIT(page % 8), __ATOMIC_RELEASE);
+}
+
+struct userfault_counts {
+	unsigned int pending;
+	unsigned int delivered;
+	unsigned int waiting;
+};
+
+struct userfault_counts userfault_get_counts(int fd);
+void userfault_wait_for_waiters(int fd, unsigned int nr);
+
+/* All of these give up, i.e. fail the test, when it takes too long. */
+struct kvm_userfault_event userfault_read(int fd);
+struct kvm_userfault_event vm_userfault_read(struct kvm_vm *vm);
+bool userfault_is_readable(int fd, int timeout_ms);
+
+/*
+ * Threads for what waits.
+ */
+
+/* Enough for anything that ends at all, on a slow machine with a slow kernel. */
+#define USERFAULT_TIMEOUT_SECS	30
+
+u64 userfault_now_ms(void);
+
+/* Fail unless @cond becomes true soon. */
+#define userfault_wait_until(cond)						\
+do {										\
+	u64 __end = userfault_now_ms() + USERFAULT_TIMEOUT_SECS * 1000;		\
+										\
+	while (!(cond)) {							\
+		TEST_ASSERT(userfault_now_ms() < __end, "Never became true: " #cond);	\
+		usleep(500);							\
+	}									\
+} while (0)
+
+struct waiter {
+	pthread_t thread;
+	void (*fn)(void *arg);
+	void *arg;
+	pid_t tid;
+	bool done;
+};
+
+void waiter_start(struct waiter *waiter, void (*fn)(void *arg), void *arg);
+bool waiter_is_done(struct waiter *waiter);
+void waiter_wait_asleep(struct waiter *waiter);
+void waiter_assert_asleep(struct waiter *waiter);
+void waiter_join(struct waiter *waiter);
+char task_state(pid_t pid, pid_t tid);
+
+/*
+ * Other processes.
+ */
+
+#define MAX_SENT_FDS	128
+
+void send_fds(int sock, int *fds, int nr);
+void receive_fds(int sock, int *fds, int nr);
+
+/* Wait for the other process to get to where it tells. */
+void tell(int sock);
+void hear(int sock);
+
+/*
+ * A page that is armed, and without its content until it is filled.  That shows whether
+ * anything reads the page, or writes to it, before.
+ */
+struct armed_page {
+	gpa_t gpa;
+	u8 *hva;
+	u8 content[SZ_64K];
+};
+
+void armed_page_init(struct armed_page *page, struct kvm_vm *vm, gpa_t gpa);
+void armed_page_assert_untouched(const struct armed_page *page);
+void armed_page_fill(const struct armed_page *page, int fd);
+void armed_page_expect_access(const struct armed_page *page, int fd,
+			      struct waiter *waiter, u64 flags, u32 as_id);
+
+/*
+ * An access to guest memory that KVM does by itself: a read of the page of @gpa
+ * that writes follow.  On arm64, a vCPU can do it for one gpa only.
+ */
+struct kvm_access {
+	struct kvm_vcpu *vcpu;
+	gpa_t gpa;
+	struct waiter waiter;
+};
+
+struct kvm_vm *kvm_access_create_vm(u32 nr_vcpus, struct kvm_vcpu *vcpus[]);
+void kvm_access_perform(struct kvm_vcpu *vcpu, gpa_t gpa);
+void kvm_access_start(struct kvm_access *access, struct kvm_vcpu *vcpu, gpa_t gpa);
+bool kvm_access_has_failed(void *hva);
 
 #endif /* SELFTEST_KVM_USERFAULT_UTIL_H */

@@ -2,7 +2,10 @@
 /*
  * Helpers for tests of KVM Userfault.
  */
+#include <poll.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <time.h>
 
 #include "kvm_util.h"
 #include "processor.h"
@@ -176,6 +179,14 @@ void agent_request(struct kvm_vcpu *vcpu, enum agent_op op, gva_t gva, u64 arg)
 	req->seq++;
 }
 
+/* Whether an access is requested, and not performed yet. */
+bool agent_is_busy(struct kvm_vcpu *vcpu)
+{
+	struct agent_request *req = agent_mailbox(vcpu);
+
+	return req->done != req->seq;
+}
+
 /* Whether AGENT_SPIN has read its word at least once. */
 bool agent_is_spinning(struct kvm_vcpu *vcpu)
 {
@@ -231,6 +242,9 @@ void vcpu_fail_run(struct kvm_vcpu *vcpu, int ret, const char *expected)
 	int saved_errno = errno;
 
 	vcpu_dump(stderr, vcpu, 2);
+	if (vcpu->run->exit_reason == KVM_EXIT_MEMORY_FAULT)
+		fprintf(stderr, "memory fault: gpa %#llx, flags %#llx\n",
+			vcpu->run->memory_fault.gpa, vcpu->run->memory_fault.flags);
 	TEST_FAIL("vCPU %u: expected %s, KVM_RUN returned %d, errno %d (%s), exit %s",
 		  vcpu->id, expected, ret, saved_errno, strerror(saved_errno),
 		  exit_reason_str(vcpu->run->exit_reason));
@@ -412,4 +426,375 @@ struct kvm_vm *agent_create_vm_with_memory(enum vm_mem_backing_src_type src,
 	vm_userfault_enable(vm);
 
 	return vm;
+}
+
+int __vm_create_userfault_fd(struct kvm_vm *vm)
+{
+	struct kvm_create_userfault_fd create = {};
+
+	return __vm_ioctl(vm, KVM_CREATE_USERFAULT_FD, &create);
+}
+
+int vm_create_userfault_fd(struct kvm_vm *vm)
+{
+	int fd = __vm_create_userfault_fd(vm);
+
+	TEST_ASSERT(fd >= 0, KVM_IOCTL_ERROR(KVM_CREATE_USERFAULT_FD, fd));
+	return fd;
+}
+
+void *userfault_map_bitmap(int fd, gpa_t gpa)
+{
+	u64 page_size = getpagesize();
+	u64 offset = gpa / page_size / 8;
+
+	return __kvm_mmap(page_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
+			  offset & ~(page_size - 1)) + offset % page_size;
+}
+
+struct userfault_counts userfault_get_counts(int fd)
+{
+	struct userfault_counts counts;
+	char path[64], line[128];
+	int nr = 0;
+	FILE *file;
+
+	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", fd);
+	file = fopen(path, "r");
+	TEST_ASSERT(file, "Cannot open %s, errno %d", path, errno);
+
+	while (fgets(line, sizeof(line), file)) {
+		nr += sscanf(line, "pending:\t%u", &counts.pending) == 1;
+		nr += sscanf(line, "delivered:\t%u", &counts.delivered) == 1;
+		nr += sscanf(line, "waiting:\t%u", &counts.waiting) == 1;
+	}
+	fclose(file);
+
+	TEST_ASSERT(nr == 3, "%s has %d of 3 counts", path, nr);
+	return counts;
+}
+
+void userfault_wait_for_waiters(int fd, unsigned int nr)
+{
+	userfault_wait_until(userfault_get_counts(fd).waiting == nr);
+}
+
+bool userfault_is_readable(int fd, int timeout_ms)
+{
+	struct pollfd pollfd = {
+		.fd = fd,
+		.events = POLLIN,
+	};
+	int ret = poll(&pollfd, 1, timeout_ms);
+
+	TEST_ASSERT(ret >= 0, "poll() failed, errno %d", errno);
+	return ret && pollfd.revents & POLLIN;
+}
+
+struct kvm_userfault_event userfault_read(int fd)
+{
+	struct kvm_userfault_event event;
+
+	TEST_ASSERT(userfault_is_readable(fd, USERFAULT_TIMEOUT_SECS * 1000),
+		    "There is no record");
+	TEST_ASSERT_EQ(read(fd, &event, sizeof(event)), sizeof(event));
+	return event;
+}
+
+struct kvm_userfault_event vm_userfault_read(struct kvm_vm *vm)
+{
+	struct kvm_userfault_event event;
+	int ret;
+
+	userfault_wait_until(!(ret = __vm_ioctl(vm, KVM_READ_USERFAULT, &event)) ||
+			     errno != ENOENT);
+	TEST_ASSERT(!ret, KVM_IOCTL_ERROR(KVM_READ_USERFAULT, ret));
+	return event;
+}
+
+u64 userfault_now_ms(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return timespec_to_ns(ts) / 1000000;
+}
+
+static void *waiter_thread(void *arg)
+{
+	struct waiter *waiter = arg;
+
+	WRITE_ONCE(waiter->tid, kvm_gettid());
+	waiter->fn(waiter->arg);
+	__atomic_store_n(&waiter->done, true, __ATOMIC_RELEASE);
+	return NULL;
+}
+
+void waiter_start(struct waiter *waiter, void (*fn)(void *arg), void *arg)
+{
+	waiter->fn = fn;
+	waiter->arg = arg;
+	waiter->tid = 0;
+	waiter->done = false;
+	kvm_pthread_create(&waiter->thread, NULL, waiter_thread, waiter);
+}
+
+bool waiter_is_done(struct waiter *waiter)
+{
+	return __atomic_load_n(&waiter->done, __ATOMIC_ACQUIRE);
+}
+
+/* As in /proc: R, S, D ..., or 0 if there is no such thread. */
+char task_state(pid_t pid, pid_t tid)
+{
+	char path[64], line[512], state = 0;
+	char *end;
+	FILE *file;
+
+	snprintf(path, sizeof(path), "/proc/%d/task/%d/stat", pid, tid);
+	file = fopen(path, "r");
+	if (!file)
+		return 0;
+
+	/* The name, which is in parentheses, can be anything. */
+	if (fgets(line, sizeof(line), file)) {
+		end = strrchr(line, ')');
+		if (end && end[1])
+			state = end[2];
+	}
+	fclose(file);
+
+	return state;
+}
+
+static bool waiter_is_asleep(struct waiter *waiter)
+{
+	pid_t tid = READ_ONCE(waiter->tid);
+	char state;
+
+	if (!tid)
+		return false;
+
+	state = task_state(getpid(), tid);
+	return state == 'S' || state == 'D';
+}
+
+/* For a waiter that is in line, as is seen by its record: it goes nowhere any more. */
+void waiter_wait_asleep(struct waiter *waiter)
+{
+	userfault_wait_until(waiter_is_asleep(waiter));
+}
+
+/* If it was woken, it has had time enough to do what comes next. */
+void waiter_assert_asleep(struct waiter *waiter)
+{
+	usleep(20000);
+	waiter_wait_asleep(waiter);
+	TEST_ASSERT(!waiter_is_done(waiter), "An access did not wait");
+}
+
+void waiter_join(struct waiter *waiter)
+{
+	userfault_wait_until(waiter_is_done(waiter));
+	kvm_pthread_join(waiter->thread, NULL);
+}
+
+void send_fds(int sock, int *fds, int nr)
+{
+	u8 control[CMSG_SPACE(MAX_SENT_FDS * sizeof(int))] = {};
+	struct iovec iov = { .iov_base = "", .iov_len = 1 };
+	struct msghdr msg = {
+		.msg_iov = &iov,
+		.msg_iovlen = 1,
+		.msg_control = control,
+		.msg_controllen = CMSG_SPACE(nr * sizeof(int)),
+	};
+	struct cmsghdr *cmsg = CMSG_FIRSTHDR(&msg);
+
+	TEST_ASSERT(nr <= MAX_SENT_FDS, "Too many files");
+	cmsg->cmsg_level = SOL_SOCKET;
+	cmsg->cmsg_type = SCM_RIGHTS;
+	cmsg->cmsg_len = CMSG_LEN(nr * sizeof(int));
+	memcpy(CMSG_DATA(cmsg), fds, nr * sizeof(int));
+	TEST_ASSERT(sendmsg(sock, &msg, 0) == 1, "sendmsg() failed, errno %d", errno);
+}
+
+void receive_fds(int sock, int *fds, int nr)
+{
+	u8 control[CMSG_SPACE(MAX_SENT_FDS * sizeof(int))] = {};
+	char byte;
+	struct iovec iov = { .iov_base = &byte, .iov_len = 1 };
+	struct msghdr msg = {
+		.msg_iov = &iov,
+		.msg_iovlen = 1,
+		.msg_control = control,
+		.msg_controllen = sizeof(control),
+	};
+	struct cmsghdr *cmsg;
+
+	TEST_ASSERT(recvmsg(sock, &msg, MSG_CMSG_CLOEXEC) == 1,
+		    "recvmsg() failed, errno %d", errno);
+	cmsg = CMSG_FIRSTHDR(&msg);
+	TEST_ASSERT(cmsg && cmsg->cmsg_type == SCM_RIGHTS &&
+		    cmsg->cmsg_len == CMSG_LEN(nr * sizeof(int)),
+		    "There are not %d files in the message", nr);
+	memcpy(fds, CMSG_DATA(cmsg), nr * sizeof(int));
+}
+
+void tell(int sock)
+{
+	TEST_ASSERT(send(sock, "", 1, MSG_NOSIGNAL) == 1, "The other process died");
+}
+
+void hear(int sock)
+{
+	struct pollfd pollfd = { .fd = sock, .events = POLLIN };
+	char byte;
+
+	TEST_ASSERT(poll(&pollfd, 1, USERFAULT_TIMEOUT_SECS * 1000) == 1,
+		    "The other process says nothing");
+	TEST_ASSERT(read(sock, &byte, 1) == 1, "The other process died");
+}
+
+/* What is in pages that have no content yet. */
+#define GARBAGE		0xee
+
+/* Arm the page, and take its content away. */
+void armed_page_init(struct armed_page *page, struct kvm_vm *vm, gpa_t gpa)
+{
+	u64 page_size = getpagesize();
+
+	TEST_ASSERT(page_size <= sizeof(page->content), "The pages are too large");
+
+	page->gpa = gpa;
+	page->hva = addr_gpa2hva(vm, gpa);
+	vm_userfault_arm(vm, gpa, page_size);
+	memcpy(page->content, page->hva, page_size);
+	memset(page->hva, GARBAGE, page_size);
+}
+
+void armed_page_assert_untouched(const struct armed_page *page)
+{
+	int i;
+
+	for (i = 0; i < getpagesize(); i++)
+		TEST_ASSERT(READ_ONCE(page->hva[i]) == GARBAGE,
+			    "Byte %d of page %#lx was written to", i, page->gpa);
+}
+
+/* Give it its content, and let the accesses go on that wait for it. */
+void armed_page_fill(const struct armed_page *page, int fd)
+{
+	armed_page_assert_untouched(page);
+	memcpy(page->hva, page->content, getpagesize());
+	userfault_resolve(fd, page->gpa, getpagesize(), 0, 0);
+}
+
+/* The next access that waits, in @waiter, must be one to the page, which is filled. */
+void armed_page_expect_access(const struct armed_page *page, int fd,
+			      struct waiter *waiter, u64 flags, u32 as_id)
+{
+	struct kvm_userfault_event event = userfault_read(fd);
+
+	TEST_ASSERT_EQ(event.gpa, page->gpa);
+	TEST_ASSERT_EQ(event.flags, flags);
+	TEST_ASSERT_EQ(event.as_id, as_id);
+	waiter_assert_asleep(waiter);
+	armed_page_fill(page, fd);
+}
+
+#ifdef __x86_64__
+/* vCPUs that never run: writing an MSR makes KVM update the wall clock. */
+struct kvm_vm *kvm_access_create_vm(u32 nr_vcpus, struct kvm_vcpu *vcpus[])
+{
+	struct kvm_vm *vm = vm_create_barebones();
+	u32 i;
+
+	for (i = 0; i < nr_vcpus; i++)
+		vcpus[i] = __vm_vcpu_add(vm, i);
+
+	return vm;
+}
+
+void kvm_access_perform(struct kvm_vcpu *vcpu, gpa_t gpa)
+{
+	int ret = _vcpu_set_msr(vcpu, MSR_KVM_WALL_CLOCK_NEW, gpa);
+
+	TEST_ASSERT(ret == 1 || errno == EFAULT || errno == EHWPOISON,
+		    KVM_IOCTL_ERROR(KVM_SET_MSRS, ret));
+}
+
+/* What was zero before is the version of the clock now. */
+bool kvm_access_has_failed(void *hva)
+{
+	return !READ_ONCE(*(u32 *)hva);
+}
+#endif
+
+#ifdef __aarch64__
+/* Where each vCPU's last access succeeded.  That no time was stolen says nothing. */
+static void *kvm_access_succeeded[AGENT_MAX_VCPUS];
+
+/* The stolen time is updated whenever a vCPU is run. */
+struct kvm_vm *kvm_access_create_vm(u32 nr_vcpus, struct kvm_vcpu *vcpus[])
+{
+	return agent_create_vm(VM_SHAPE_DEFAULT, nr_vcpus, vcpus);
+}
+
+void kvm_access_perform(struct kvm_vcpu *vcpu, gpa_t gpa)
+{
+	struct ucall uc;
+	void *hva = addr_gpa2hva(vcpu->vm, gpa);
+	u64 ipa = gpa;
+	int ret;
+
+	WRITE_ONCE(kvm_access_succeeded[vcpu->id], NULL);
+
+	ret = __vcpu_device_attr_set(vcpu, KVM_ARM_VCPU_PVTIME_CTRL,
+				     KVM_ARM_VCPU_PVTIME_IPA, &ipa);
+	TEST_ASSERT(!ret || errno == EEXIST, KVM_IOCTL_ERROR(KVM_SET_DEVICE_ATTR, ret));
+
+	/* The guest has not run if the last such access has failed. */
+	if (!agent_is_busy(vcpu))
+		agent_request(vcpu, AGENT_CHECK, 0, 0);
+
+	ret = _vcpu_run(vcpu);
+	if (ret) {
+		TEST_ASSERT(errno == EFAULT || errno == EHWPOISON,
+			    KVM_IOCTL_ERROR(KVM_RUN, ret));
+		vcpu_assert_userfault(vcpu, gpa,
+				      USERFAULT_READ | KVM_MEMORY_EXIT_FLAG_FAILED);
+		return;
+	}
+
+	TEST_ASSERT_EQ(get_ucall(vcpu, &uc), UCALL_SYNC);
+	TEST_ASSERT(!agent_is_busy(vcpu), "The guest did not run");
+	WRITE_ONCE(kvm_access_succeeded[vcpu->id], hva);
+}
+
+bool kvm_access_has_failed(void *hva)
+{
+	int i;
+
+	for (i = 0; i < AGENT_MAX_VCPUS; i++) {
+		if (READ_ONCE(kvm_access_succeeded[i]) == hva)
+			return false;
+	}
+
+	return true;
+}
+#endif
+
+static void kvm_access_fn(void *arg)
+{
+	struct kvm_access *access = arg;
+
+	kvm_access_perform(access->vcpu, access->gpa);
+}
+
+void kvm_access_start(struct kvm_access *access, struct kvm_vcpu *vcpu, gpa_t gpa)
+{
+	access->vcpu = vcpu;
+	access->gpa = gpa;
+	waiter_start(&access->waiter, kvm_access_fn, access);
 }

@@ -315,6 +315,19 @@ userfault_test(private, conversions_with_an_open_fault)
 	TEST_ASSERT_EQ(agent_finish(self->vcpu), page_content(0, false));
 }
 
+/* A page that was converted and cleared is mapped as what it is now. */
+userfault_test(private, conversion_before_the_vcpu_is_back)
+{
+	u64 private = KVM_MEMORY_EXIT_FLAG_PRIVATE;
+
+	agent_do(self->vcpu, AGENT_READ, page_gpa(1), 0);
+	vm_change_attributes(self->vm, page_gpa(0), PAGE_SIZE, PRIVATE | USERFAULT, 0);
+	agent_expect_userfault(self->vcpu, AGENT_READ, page_gpa(0), 0, page_gpa(0),
+			       USERFAULT_READ | private);
+	vm_change_attributes(self->vm, page_gpa(0), PAGE_SIZE, 0, 0);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), page_content(0, false));
+}
+
 /* Private and shared pages side by side: each has its own way to be filled. */
 userfault_test(private, both_kinds_in_one_vm)
 {
@@ -526,6 +539,56 @@ userfault_test(small, clearing_unmaps_nothing)
 	before = vm_get_stat(self->vm, pages_4k);
 	vm_userfault_clear(self->vm, AGENT_GPA, NR_PAGES * PAGE_SIZE);
 	TEST_ASSERT_EQ(vm_get_stat(self->vm, pages_4k), before);
+}
+
+/*
+ * Coming back from an exit.
+ */
+
+static void expect_userfault_of_page_7(struct kvm_vcpu *vcpu)
+{
+	/* All that the access needs but the page is there. */
+	agent_do(vcpu, AGENT_READ, page_gpa(6), 0);
+
+	vm_userfault_arm(vcpu->vm, page_gpa(7), PAGE_SIZE);
+	agent_expect_userfault(vcpu, AGENT_READ, page_gpa(7), 0, page_gpa(7), USERFAULT_READ);
+}
+
+/* The fault that was reported is the last one for the page. */
+userfault_test(small, resolved_page_is_mapped_at_once)
+{
+	u64 before;
+
+	if (!kvm_is_tdp_enabled())
+		SKIP(return, "Shadow paging takes a second fault");
+
+	expect_userfault_of_page_7(self->vcpu);
+	before = vcpu_get_stat(self->vcpu, pf_taken);
+	vm_userfault_clear(self->vm, page_gpa(7), PAGE_SIZE);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), agent_page_content(page_gpa(7)));
+	TEST_ASSERT_EQ(vcpu_get_stat(self->vcpu, pf_taken), before);
+}
+
+/* What is mapped at once can be armed, too. */
+userfault_test(small, resolved_page_is_armed_again)
+{
+	expect_userfault_of_page_7(self->vcpu);
+	vm_userfault_clear(self->vm, page_gpa(7), PAGE_SIZE);
+	agent_finish(self->vcpu);
+	vm_userfault_arm(self->vm, page_gpa(7), PAGE_SIZE);
+	agent_expect_userfault(self->vcpu, AGENT_READ, page_gpa(7), 0, page_gpa(7),
+			       USERFAULT_READ);
+}
+
+/* The vCPU comes back to something else than what it left. */
+userfault_test(small, memslot_goes_before_the_vcpu_is_back)
+{
+	expect_userfault_of_page_7(self->vcpu);
+	vm_userfault_clear(self->vm, page_gpa(7), PAGE_SIZE);
+	vm_mem_region_delete(self->vm, AGENT_SLOT);
+	TEST_ASSERT_EQ(agent_run(self->vcpu), AGENT_OTHER);
+	TEST_ASSERT_KVM_EXIT_REASON(self->vcpu, KVM_EXIT_MMIO);
+	TEST_ASSERT_EQ(self->vcpu->run->mmio.phys_addr, page_gpa(7));
 }
 
 FIXTURE(huge) {

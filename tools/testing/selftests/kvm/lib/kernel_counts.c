@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Counts of what the kernel does.
+ */
+#include <linux/perf_event.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "kernel_counts.h"
+#include "test_util.h"
+
+#define TRACE_EVENTS	"/sys/kernel/debug/tracing/events"
+#define MAX_CPUS	16
+
+static struct counter {
+	const char *name;
+	const char *event;
+	int fds[MAX_CPUS];
+} counters[] = {
+	{ "syscalls",		"raw_syscalls/sys_enter" },
+	{ "switches",		"sched/sched_switch" },
+	{ "kmallocs",		"kmem/kmalloc" },
+	{ "slab_allocs",	"kmem/kmem_cache_alloc" },
+	{ "page_allocs",	"kmem/mm_page_alloc" },
+	{ "ipis",		"ipi/ipi_send_cpu" },
+	{ "ipi_masks",		"ipi/ipi_send_cpumask" },
+	{ "contentions",	"lock/contention_begin" },
+	{ "vm_exits",		"kvm/kvm_exit" },
+	{ "userfault_exits",	"kvm/kvm_userfault_exit" },
+	{ "userspace_exits",	"kvm/kvm_userspace_exit" },
+	{ "host_faults",	"exceptions/page_fault_user" },
+};
+
+static int nr_cpus;
+
+static int event_id(const char *event)
+{
+	char path[128];
+	FILE *file;
+	int id = -1;
+
+	snprintf(path, sizeof(path), TRACE_EVENTS "/%s/id", event);
+	file = fopen(path, "r");
+	if (!file)
+		return -1;
+
+	if (fscanf(file, "%d", &id) != 1)
+		id = -1;
+	fclose(file);
+	return id;
+}
+
+static int counter_open(int id, int cpu)
+{
+	struct perf_event_attr attr = {
+		.type = PERF_TYPE_TRACEPOINT,
+		.size = sizeof(attr),
+		.config = id,
+		.disabled = 1,
+	};
+	int fd = syscall(__NR_perf_event_open, &attr, -1, cpu, -1, 0);
+
+	TEST_ASSERT(fd >= 0, "perf_event_open() of event %d failed, errno %d", id, errno);
+	return fd;
+}
+
+static void counter_init(struct counter *counter)
+{
+	int id = event_id(counter->event);
+	int i;
+
+	for (i = 0; i < nr_cpus; i++)
+		counter->fds[i] = id < 0 ? -1 : counter_open(id, i);
+}
+
+static void write_file(const char *path, const char *value)
+{
+	FILE *file = fopen(path, "w");
+
+	if (!file)
+		return;
+
+	fputs(value, file);
+	fclose(file);
+}
+
+void kernel_counts_init(void)
+{
+	int i;
+
+	nr_cpus = sysconf(_SC_NPROCESSORS_ONLN);
+	TEST_ASSERT(nr_cpus <= MAX_CPUS, "There are %d CPUs", nr_cpus);
+
+	for (i = 0; i < ARRAY_SIZE(counters); i++)
+		counter_init(&counters[i]);
+	write_file("/proc/sys/kernel/lock_stat", "0");
+}
+
+static void counters_ioctl(unsigned long cmd)
+{
+	int i, j;
+
+	for (i = 0; i < ARRAY_SIZE(counters); i++) {
+		for (j = 0; j < nr_cpus; j++) {
+			if (counters[i].fds[j] >= 0)
+				TEST_ASSERT_EQ(ioctl(counters[i].fds[j], cmd, 0), 0);
+		}
+	}
+}
+
+void kernel_counts_start(void)
+{
+	write_file("/proc/lock_stat", "0");
+	write_file("/proc/sys/kernel/lock_stat", "1");
+	counters_ioctl(PERF_EVENT_IOC_RESET);
+	counters_ioctl(PERF_EVENT_IOC_ENABLE);
+}
+
+void kernel_counts_stop(void)
+{
+	counters_ioctl(PERF_EVENT_IOC_DISABLE);
+	write_file("/proc/sys/kernel/lock_stat", "0");
+}
+
+/* Returns false if the kernel does not have it. */
+static bool counter_read(struct counter *counter, u64 *sum)
+{
+	u64 count;
+	int i;
+
+	*sum = 0;
+	for (i = 0; i < nr_cpus; i++) {
+		if (counter->fds[i] < 0)
+			return false;
+
+		TEST_ASSERT_EQ(read(counter->fds[i], &count, sizeof(count)), sizeof(count));
+		*sum += count;
+	}
+
+	return true;
+}
+
+/*
+ * 'class: con-bounces contentions min max total avg acq-bounces acquisitions ...'.
+ * Readers and writers of the same class have a line each.
+ */
+static void lock_line(char *line, kernel_count_fn_t fn)
+{
+	u64 contentions, acquisitions;
+	char name[160], *end;
+
+	end = strrchr(line, ':');
+	if (!end || sscanf(end + 1, "%*u %lu %*f %*f %*f %*f %*u %lu",
+			   &contentions, &acquisitions) != 2)
+		return;
+
+	*end = '\0';
+	line += strspn(line, " ");
+	/* For whoever splits the output at blanks. */
+	for (end = line; *end; end++) {
+		if (*end == ' ')
+			*end = '_';
+	}
+
+	snprintf(name, sizeof(name), "lock:%s", line);
+	fn(name, acquisitions);
+	if (contentions) {
+		snprintf(name, sizeof(name), "contended:%s", line);
+		fn(name, contentions);
+	}
+}
+
+static void locks_for_each(kernel_count_fn_t fn)
+{
+	char line[512];
+	FILE *file;
+
+	file = fopen("/proc/lock_stat", "r");
+	if (!file)
+		return;
+
+	while (fgets(line, sizeof(line), file))
+		lock_line(line, fn);
+	fclose(file);
+}
+
+void kernel_counts_for_each(kernel_count_fn_t fn)
+{
+	u64 count;
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(counters); i++) {
+		if (counter_read(&counters[i], &count))
+			fn(counters[i].name, count);
+	}
+	locks_for_each(fn);
+}

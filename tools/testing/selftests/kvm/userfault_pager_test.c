@@ -1,0 +1,570 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Tests of KVM Userfault with a pager in a process of its own, and of what is left
+ * when the pager, the VMM or a thread of it is killed.
+ *
+ * Pagers are started before there is a VM, so that they inherit none of its files.
+ * They get the userfault file, and the memory, through a socket.
+ */
+#include <sched.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+
+#include <linux/sizes.h>
+
+#include "kselftest_harness.h"
+#include "kvm_util.h"
+#include "processor.h"
+#include "test_util.h"
+#include "ucall_common.h"
+#include "userfault_util.h"
+
+/* The harness has no name for a test that has a limit and no fixture. */
+FIXTURE(pager) {
+};
+
+FIXTURE_SETUP(pager)
+{
+}
+
+FIXTURE_TEARDOWN(pager)
+{
+}
+
+static u64 page_size;
+
+/*
+ * Another process, that tells how far it is by tell().
+ */
+struct process {
+	pid_t pid;
+	int sock;
+};
+
+static void process_start(struct process *process, void (*fn)(int sock, u64 arg), u64 arg)
+{
+	int socks[2];
+
+	TEST_ASSERT(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, socks),
+		    "socketpair() failed, errno %d", errno);
+	process->pid = fork();
+	TEST_ASSERT(process->pid >= 0, "fork() failed, errno %d", errno);
+	process->sock = socks[0];
+	if (!process->pid) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		kvm_close(socks[0]);
+		fn(socks[1], arg);
+		_exit(0);
+	}
+	kvm_close(socks[1]);
+}
+
+/* Reap it, however it ends. */
+static int process_wait(struct process *process)
+{
+	int status;
+
+	userfault_wait_until(waitpid(process->pid, &status, WNOHANG) == process->pid);
+	kvm_close(process->sock);
+	return status;
+}
+
+static void process_kill(struct process *process)
+{
+	int status;
+
+	TEST_ASSERT(!kill(process->pid, SIGKILL), "kill() failed, errno %d", errno);
+	status = process_wait(process);
+	TEST_ASSERT(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL,
+		    "It had died before, status %#x", status);
+}
+
+static void process_join(struct process *process)
+{
+	int status = process_wait(process);
+
+	TEST_ASSERT(!status, "The other process failed, status %#x", status);
+}
+
+/*
+ * A pager.
+ */
+
+/* How far a pager gets that is to be killed. */
+enum pager_stop {
+	STOP_NEVER,
+	STOP_IDLE,		/* Does not read. */
+	STOP_IN_READ,		/* Sleeps in read(), having read nothing. */
+	STOP_READ,		/* Has read a record. */
+	STOP_READ_ALL,		/* Has read all of them. */
+	STOP_FILLED,		/* Has filled a page. */
+	STOP_CLEARED,		/* Has cleared its bit and woken nobody. */
+	NR_STOPS,
+};
+
+static void stop(int sock)
+{
+	tell(sock);
+	for (;;)
+		pause();
+}
+
+/* A predecessor may have got as far as clearing the bit: the content is there. */
+static void pager_resolve(int fd, void *mem, u8 *bitmap, gpa_t gpa, u64 stop_at, int sock)
+{
+	u64 page = (gpa - AGENT_GPA) / page_size;
+
+	TEST_ASSERT(page < NR_PAGES, "A record of page %#lx", gpa);
+
+	if (userfault_test_bit(bitmap, page)) {
+		agent_fill(mem + page * page_size, gpa, 1);
+		if (stop_at == STOP_FILLED)
+			stop(sock);
+		userfault_clear_bit(bitmap, page);
+	}
+	if (stop_at == STOP_CLEARED)
+		stop(sock);
+	userfault_resolve(fd, gpa, page_size, KVM_USERFAULT_WAKE_ONLY, 0);
+}
+
+static void pager_fn(int sock, u64 stop_at)
+{
+	struct kvm_userfault_event events[NR_PAGES];
+	int nr = stop_at == STOP_READ_ALL ? NR_PAGES : 1;
+	int fds[2], i;
+	u8 *bitmap;
+	void *mem;
+	ssize_t ret;
+
+	receive_fds(sock, fds, 2);
+	mem = kvm_mmap(NR_PAGES * page_size, PROT_READ | PROT_WRITE, MAP_SHARED, fds[1]);
+	bitmap = userfault_map_bitmap(fds[0], AGENT_GPA);
+	if (stop_at == STOP_IDLE)
+		stop(sock);
+	if (stop_at == STOP_IN_READ)
+		tell(sock);
+
+	while ((ret = read(fds[0], events, nr * sizeof(*events)))) {
+		TEST_ASSERT(ret > 0 && !(ret % sizeof(*events)),
+			    "read() returned %ld, errno %d", ret, errno);
+		if (stop_at == STOP_READ || stop_at == STOP_READ_ALL)
+			stop(sock);
+		for (i = 0; i < ret / sizeof(*events); i++)
+			pager_resolve(fds[0], mem, bitmap, events[i].gpa, stop_at, sock);
+	}
+}
+
+/*
+ * A VM: vCPU 0 is for accesses by the guest, the others are for accesses by KVM.
+ */
+
+#define NR_VCPUS	4
+
+struct vm_state {
+	struct kvm_vcpu *vcpus[NR_VCPUS];
+	struct kvm_access accesses[NR_VCPUS];
+	struct waiter runner;
+	struct kvm_vm *vm;
+	void *hva;
+};
+
+/* All pages are armed, and none has its content. */
+static void create_vm(struct vm_state *state)
+{
+	state->vm = agent_create_vm(VM_SHAPE_DEFAULT, NR_VCPUS, state->vcpus);
+	state->hva = agent_add_memory(state->vm, VM_MEM_SRC_SHMEM, AGENT_GPA, AGENT_SLOT,
+				      NR_PAGES, 0);
+	memset(state->hva, 0xee, NR_PAGES * page_size);
+	vm_userfault_enable_async(state->vm, KVM_USERFAULT_ASYNC_VCPU);
+	vm_userfault_arm(state->vm, AGENT_GPA, NR_PAGES * page_size);
+}
+
+static int memory_fd(struct vm_state *state)
+{
+	return memslot2region(state->vm, AGENT_SLOT)->fd;
+}
+
+/* Give @process a file of its own. */
+static void send_userfault_fd(struct vm_state *state, struct process *process)
+{
+	int fds[] = { vm_create_userfault_fd(state->vm), memory_fd(state) };
+
+	send_fds(process->sock, fds, 2);
+	kvm_close(fds[0]);
+}
+
+static void run_fn(void *arg)
+{
+	struct kvm_vcpu *vcpu = arg;
+
+	TEST_ASSERT_EQ(agent_finish(vcpu), 0);
+}
+
+/* The guest reads all pages from the first one on, KVM accesses some others. */
+static void start_accesses(struct vm_state *state)
+{
+	int i;
+
+	agent_request(state->vcpus[0], AGENT_CHECK, AGENT_GPA, NR_PAGES / 2);
+	waiter_start(&state->runner, run_fn, state->vcpus[0]);
+	for (i = 1; i < NR_VCPUS; i++)
+		kvm_access_start(&state->accesses[i], state->vcpus[i],
+				 page_gpa(NR_PAGES - i));
+	userfault_wait_until(vm_get_stat(state->vm, userfault_records) >= NR_VCPUS);
+}
+
+static void join_accesses(struct vm_state *state)
+{
+	int i;
+
+	waiter_join(&state->runner);
+	for (i = 1; i < NR_VCPUS; i++)
+		waiter_join(&state->accesses[i].waiter);
+}
+
+userfault_test(pager, pager_in_another_process)
+{
+	struct vm_state state;
+	struct process pager;
+
+	process_start(&pager, pager_fn, STOP_NEVER);
+	create_vm(&state);
+	send_userfault_fd(&state, &pager);
+
+	start_accesses(&state);
+	join_accesses(&state);
+	TEST_ASSERT_EQ(vcpu_get_stat(state.vcpus[0], userfault_exits), 0);
+	TEST_ASSERT_EQ(agent_do(state.vcpus[0], AGENT_CHECK, AGENT_GPA, NR_PAGES / 2), 0);
+
+	/* The file does not keep the VM, and the pager sees that it is gone. */
+	kvm_vm_free(state.vm);
+	process_join(&pager);
+}
+
+/* Killed anywhere, it is replaced by one that finds all that waits. */
+static void test_successor(u64 stop_at)
+{
+	struct process pager, successor;
+	struct vm_state state;
+
+	process_start(&pager, pager_fn, stop_at);
+	process_start(&successor, pager_fn, STOP_NEVER);
+	create_vm(&state);
+	send_userfault_fd(&state, &pager);
+
+	if (stop_at != STOP_IN_READ)
+		start_accesses(&state);
+	hear(pager.sock);
+	if (stop_at == STOP_IN_READ)
+		userfault_wait_until(task_state(pager.pid, pager.pid) == 'S');
+
+	/* Before the first one goes, or the accesses fail. */
+	send_userfault_fd(&state, &successor);
+	process_kill(&pager);
+	if (stop_at == STOP_IN_READ)
+		start_accesses(&state);
+
+	join_accesses(&state);
+	TEST_ASSERT_EQ(agent_do(state.vcpus[0], AGENT_CHECK, AGENT_GPA, NR_PAGES / 2), 0);
+	kvm_vm_free(state.vm);
+	process_join(&successor);
+}
+
+userfault_test(pager, pager_killed_idle)
+{
+	test_successor(STOP_IDLE);
+}
+
+userfault_test(pager, pager_killed_in_read)
+{
+	test_successor(STOP_IN_READ);
+}
+
+userfault_test(pager, pager_killed_with_a_record)
+{
+	test_successor(STOP_READ);
+}
+
+userfault_test(pager, pager_killed_with_all_records)
+{
+	test_successor(STOP_READ_ALL);
+}
+
+userfault_test(pager, pager_killed_after_filling)
+{
+	test_successor(STOP_FILLED);
+}
+
+userfault_test(pager, pager_killed_before_waking)
+{
+	test_successor(STOP_CLEARED);
+}
+
+/*
+ * With no pager left the guest does not get a page that was not filled, and the VMM
+ * sees why.
+ */
+userfault_test(pager, last_pager_killed)
+{
+	struct kvm_vcpu *vcpu;
+	struct process pager;
+	struct vm_state state;
+
+	process_start(&pager, pager_fn, STOP_READ_ALL);
+	create_vm(&state);
+	send_userfault_fd(&state, &pager);
+	vcpu = state.vcpus[0];
+
+	kvm_access_start(&state.accesses[1], state.vcpus[1], page_gpa(1));
+	hear(pager.sock);
+	process_kill(&pager);
+	waiter_join(&state.accesses[1].waiter);
+	TEST_ASSERT_EQ(*(u64 *)(state.hva + page_size), 0xeeeeeeeeeeeeeeeeull);
+
+	agent_expect_userfault(vcpu, AGENT_READ, AGENT_GPA, 0, AGENT_GPA, USERFAULT_READ);
+	agent_fill(state.hva, AGENT_GPA, 1);
+	vm_userfault_clear(state.vm, AGENT_GPA, page_size);
+	TEST_ASSERT_EQ(agent_finish(vcpu), agent_page_content(AGENT_GPA));
+	kvm_vm_free(state.vm);
+}
+
+/*
+ * A VMM that is killed. This process is the pager, and holds the file.
+ */
+
+enum vmm_state {
+	VMM_WAITS,		/* for pages, with no record read */
+	VMM_READ_ITSELF,	/* the records, but did not resolve them */
+	VMM_DELETES_SLOT,	/* while accesses wait, so the update does as well */
+	VMM_ARMS,		/* behind the update that waits, which it should not */
+	VMM_READS,		/* sleeps in read() itself */
+};
+
+static void delete_slot_fn(void *arg)
+{
+	vm_mem_region_delete(arg, AGENT_SLOT);
+}
+
+static void arm_fn(void *arg)
+{
+	vm_userfault_arm(arg, AGENT_GPA, page_size);
+}
+
+static void read_fn(void *arg)
+{
+	struct kvm_userfault_event event;
+
+	while (read(*(int *)arg, &event, sizeof(event)) > 0)
+		;
+}
+
+static void vmm_fn(int sock, u64 what)
+{
+	struct waiter waiters[2];
+	struct vm_state state;
+	int fds[2], i;
+
+	create_vm(&state);
+	fds[0] = vm_create_userfault_fd(state.vm);
+	fds[1] = memory_fd(&state);
+
+	start_accesses(&state);
+	for (i = 0; i < NR_VCPUS; i++)
+		waiter_wait_asleep(i ? &state.accesses[i].waiter : &state.runner);
+
+	switch (what) {
+	case VMM_READ_ITSELF:
+		for (i = 0; i < NR_VCPUS; i++)
+			vm_userfault_read(state.vm);
+		break;
+	case VMM_DELETES_SLOT:
+	case VMM_ARMS:
+		waiter_start(&waiters[0], delete_slot_fn, state.vm);
+		waiter_assert_asleep(&waiters[0]);
+		if (what == VMM_DELETES_SLOT)
+			break;
+		waiter_start(&waiters[1], arm_fn, state.vm);
+		waiter_assert_asleep(&waiters[1]);
+		break;
+	case VMM_READS:
+		waiter_start(&waiters[0], read_fn, &fds[0]);
+		userfault_wait_until(userfault_get_counts(fds[0]).delivered == NR_VCPUS);
+		waiter_assert_asleep(&waiters[0]);
+		break;
+	}
+
+	send_fds(sock, fds, 2);
+	stop(sock);
+}
+
+static void test_vmm(u64 what, bool read_records, bool close_first)
+{
+	struct kvm_userfault_event event;
+	struct pollfd pollfd = { .events = POLLIN };
+	struct process vmm;
+	int fds[2], i;
+
+	process_start(&vmm, vmm_fn, what);
+	receive_fds(vmm.sock, fds, 2);
+	hear(vmm.sock);
+	for (i = 0; read_records && i < NR_VCPUS; i++)
+		userfault_read(fds[0]);
+	if (close_first) {
+		kvm_close(fds[0]);
+		process_kill(&vmm);
+		return;
+	}
+
+	process_kill(&vmm);
+
+	/* The VM goes with its process, though a bit later at times. */
+	pollfd.fd = fds[0];
+	userfault_wait_until(poll(&pollfd, 1, 0) == 1 && pollfd.revents & POLLHUP);
+	TEST_ASSERT_EQ(pollfd.revents, POLLHUP);
+	TEST_ASSERT_EQ(read(fds[0], &event, sizeof(event)), 0);
+	TEST_ASSERT_EQ(__userfault_resolve(fds[0], AGENT_GPA, page_size, 0, 0), -1);
+	TEST_ASSERT_EQ(errno, ENODEV);
+	TEST_ASSERT_EQ(userfault_get_counts(fds[0]).waiting, 0);
+	kvm_close(fds[0]);
+	kvm_close(fds[1]);
+}
+
+userfault_test(pager, vmm_killed_while_accesses_wait)
+{
+	test_vmm(VMM_WAITS, false, false);
+}
+
+userfault_test(pager, vmm_killed_with_records_read)
+{
+	test_vmm(VMM_WAITS, true, false);
+}
+
+userfault_test(pager, vmm_killed_with_records_read_by_itself)
+{
+	test_vmm(VMM_READ_ITSELF, false, false);
+}
+
+userfault_test(pager, vmm_killed_while_it_deletes_a_memslot)
+{
+	test_vmm(VMM_DELETES_SLOT, false, false);
+}
+
+/* What a VMM must not do while accesses wait can at least be killed. */
+userfault_test(pager, vmm_killed_in_a_deadlock)
+{
+	test_vmm(VMM_ARMS, true, false);
+}
+
+userfault_test(pager, vmm_killed_while_it_reads)
+{
+	test_vmm(VMM_READS, false, false);
+}
+
+userfault_test(pager, vmm_killed_after_the_pager_closed)
+{
+	test_vmm(VMM_WAITS, true, true);
+}
+
+/*
+ * One thread of the VMM is killed. Threads of a process die together, so this one is
+ * a process that shares the memory, and thus can use the VM.
+ */
+
+#define STACK_SIZE	SZ_128K
+
+static int clone_access_fn(void *arg)
+{
+	struct kvm_access *access = arg;
+
+	kvm_access_perform(access->vcpu, access->gpa);
+	_exit(0);
+}
+
+static int clone_run_fn(void *arg)
+{
+	_vcpu_run(arg);
+	_exit(0);
+}
+
+static void test_thread(struct vm_state *state, int (*fn)(void *arg), void *arg,
+			bool read_record)
+{
+	void *stack = kvm_mmap(STACK_SIZE, PROT_READ | PROT_WRITE,
+			       MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	int fd = vm_create_userfault_fd(state->vm);
+	struct userfault_counts counts;
+	int status;
+	pid_t pid;
+
+	/* Another access to the same page, which must not be touched by this. */
+	kvm_access_start(&state->accesses[2], state->vcpus[2], AGENT_GPA);
+	userfault_wait_for_waiters(fd, 1);
+
+	pid = clone(fn, stack + STACK_SIZE, CLONE_VM | SIGCHLD, arg);
+	TEST_ASSERT(pid > 0, "clone() failed, errno %d", errno);
+	userfault_wait_for_waiters(fd, 2);
+	if (read_record) {
+		userfault_read(fd);
+		userfault_read(fd);
+	}
+	userfault_wait_until(strchr("SD", task_state(pid, pid)));
+
+	TEST_ASSERT(!kill(pid, SIGKILL), "errno %d", errno);
+	userfault_wait_until(waitpid(pid, &status, WNOHANG) == pid);
+	TEST_ASSERT(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL, "Status %#x", status);
+
+	/* It took its record along. */
+	counts = userfault_get_counts(fd);
+	TEST_ASSERT_EQ(counts.waiting, 1);
+	TEST_ASSERT_EQ(counts.pending, !read_record);
+	TEST_ASSERT_EQ(counts.delivered, read_record);
+	waiter_assert_asleep(&state->accesses[2].waiter);
+
+	agent_fill(state->hva, AGENT_GPA, 1);
+	userfault_resolve(fd, AGENT_GPA, page_size, 0, 0);
+	waiter_join(&state->accesses[2].waiter);
+	kvm_close(fd);
+	kvm_munmap(stack, STACK_SIZE);
+	kvm_vm_free(state->vm);
+}
+
+userfault_test(pager, thread_killed_in_an_access_by_kvm)
+{
+	struct kvm_access access;
+	struct vm_state state;
+	int i;
+
+	for (i = 0; i < 2; i++) {
+		create_vm(&state);
+		access.vcpu = state.vcpus[1];
+		access.gpa = AGENT_GPA;
+		test_thread(&state, clone_access_fn, &access, i);
+	}
+}
+
+userfault_test(pager, thread_killed_in_kvm_run)
+{
+	struct vm_state state;
+	int i;
+
+	for (i = 0; i < 2; i++) {
+		create_vm(&state);
+		agent_request(state.vcpus[0], AGENT_READ, AGENT_GPA, 0);
+		test_thread(&state, clone_run_fn, state.vcpus[0], i);
+	}
+}
+
+int main(int argc, char *argv[])
+{
+	u64 flags = KVM_USERFAULT_ASYNC | KVM_USERFAULT_ASYNC_VCPU;
+
+	TEST_REQUIRE((kvm_check_cap(KVM_CAP_USERFAULT) & flags) == flags);
+
+	page_size = getpagesize();
+
+	return test_harness_run(argc, argv);
+}
