@@ -149,8 +149,8 @@ userfault_test(paths, stolen_time)
 		arm(self, &page, SCRATCH);
 		request_call(self, guest_nothing, 0);
 		expect_wait(self, &page, USERFAULT_READ, finish_fn, self->vcpu);
-		TEST_ASSERT(*stolen_time != BIT_ULL(60), "It is not updated");
-		TEST_ASSERT(*stolen_time > BIT_ULL(59), "It began anew");
+		TEST_ASSERT(*stolen_time > BIT_ULL(59) && *stolen_time < BIT_ULL(61),
+			    "It does not go on from what the page has: %#lx", *stolen_time);
 	}
 }
 
