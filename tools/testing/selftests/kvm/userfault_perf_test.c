@@ -159,39 +159,14 @@ static int pager_sock;
 
 static void send_fd(int sock, int fd)
 {
-	u8 control[CMSG_SPACE(sizeof(int))] = {};
-	struct iovec iov = { .iov_base = "", .iov_len = 1 };
-	struct msghdr msg = {
-		.msg_iov = &iov,
-		.msg_iovlen = 1,
-		.msg_control = control,
-		.msg_controllen = sizeof(control),
-	};
-	struct cmsghdr *cmsg = CMSG_FIRSTHDR(&msg);
-
-	cmsg->cmsg_level = SOL_SOCKET;
-	cmsg->cmsg_type = SCM_RIGHTS;
-	cmsg->cmsg_len = CMSG_LEN(sizeof(fd));
-	memcpy(CMSG_DATA(cmsg), &fd, sizeof(fd));
-	TEST_ASSERT(sendmsg(sock, &msg, 0) == 1, "sendmsg() failed, errno %d", errno);
+	send_fds(sock, &fd, 1);
 }
 
 static int receive_fd(int sock)
 {
-	u8 control[CMSG_SPACE(sizeof(int))] = {};
-	char byte;
-	struct iovec iov = { .iov_base = &byte, .iov_len = 1 };
-	struct msghdr msg = {
-		.msg_iov = &iov,
-		.msg_iovlen = 1,
-		.msg_control = control,
-		.msg_controllen = sizeof(control),
-	};
 	int fd;
 
-	TEST_ASSERT(recvmsg(sock, &msg, 0) == 1 && CMSG_FIRSTHDR(&msg),
-		    "Received no file, errno %d", errno);
-	memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&msg)), sizeof(fd));
+	receive_fds(sock, &fd, 1);
 	return fd;
 }
 
