@@ -36,7 +36,6 @@
 #include "kvm_mm.h"
 #include "userfault.h"
 
-#define KVM_USERFAULT_CHUNK_SHIFT	(PAGE_SHIFT + ilog2(BITS_PER_BYTE))
 #define KVM_USERFAULT_CHUNK_GFNS	BIT(KVM_USERFAULT_CHUNK_SHIFT)
 #define KVM_USERFAULT_MAX_CHUNK		(gpa_to_gfn(~0ULL) >> KVM_USERFAULT_CHUNK_SHIFT)
 
@@ -79,6 +78,29 @@ struct kvm_userfault *kvm_userfault_get(struct kvm *kvm)
 	return uf;
 }
 
+/*
+ * A chunk is published after it was added, by whoever is about to use it.  It is
+ * always the same one.
+ */
+static void kvm_userfault_publish_chunk(struct kvm_userfault *uf, unsigned long index,
+					unsigned long *chunk)
+{
+	if (index >= KVM_USERFAULT_NR_LOW)
+		return;
+
+	/* Pairs with the address dependency of kvm_userfault_chunk()'s users. */
+	smp_store_release(&uf->low_chunks[index], chunk);
+}
+
+/* What is not published has no bit set that anybody could rely on. */
+static unsigned long *kvm_userfault_chunk(struct kvm_userfault *uf, unsigned long index)
+{
+	if (likely(index < KVM_USERFAULT_NR_LOW))
+		return READ_ONCE(uf->low_chunks[index]);
+
+	return xa_load(&uf->chunks, index);
+}
+
 static unsigned long *kvm_userfault_chunk_rcu(struct kvm *kvm, unsigned long index)
 {
 	struct kvm_userfault *uf = rcu_dereference(kvm->userfault);
@@ -86,7 +108,7 @@ static unsigned long *kvm_userfault_chunk_rcu(struct kvm *kvm, unsigned long ind
 	if (!uf || kvm_userfault_is_closed(uf))
 		return NULL;
 
-	return xa_load(&uf->chunks, index);
+	return kvm_userfault_chunk(uf, index);
 }
 
 bool kvm_userfault_test(struct kvm_userfault *uf, gfn_t gfn)
@@ -97,7 +119,7 @@ bool kvm_userfault_test(struct kvm_userfault *uf, gfn_t gfn)
 	if (kvm_userfault_is_closed(uf))
 		return false;
 
-	chunk = xa_load(&uf->chunks, span.index);
+	chunk = kvm_userfault_chunk(uf, span.index);
 
 	/* Pairs with the barrier in kvm_userfault_clear_range(). */
 	return chunk && test_bit_acquire(span.first, chunk);
@@ -211,7 +233,7 @@ static int kvm_userfault_add_chunk(struct kvm_userfault *uf, unsigned long index
 
 void *kvm_userfault_get_chunk(struct kvm_userfault *uf, unsigned long index)
 {
-	void *chunk = xa_load(&uf->chunks, index);
+	void *chunk = kvm_userfault_chunk(uf, index);
 	int r;
 
 	if (chunk)
@@ -220,7 +242,12 @@ void *kvm_userfault_get_chunk(struct kvm_userfault *uf, unsigned long index)
 		return ERR_PTR(-EINVAL);
 
 	r = kvm_userfault_add_chunk(uf, index);
-	return r ? ERR_PTR(r) : xa_load(&uf->chunks, index);
+	if (r)
+		return ERR_PTR(r);
+
+	chunk = xa_load(&uf->chunks, index);
+	kvm_userfault_publish_chunk(uf, index, chunk);
+	return chunk;
 }
 
 int kvm_userfault_reserve(struct kvm *kvm, gfn_t start, gfn_t end)
@@ -288,6 +315,7 @@ void kvm_userfault_arm(struct kvm *kvm, gfn_t start, gfn_t end)
 {
 	struct kvm_userfault *uf = kvm_userfault_locked(kvm);
 	struct kvm_userfault_span span;
+	unsigned long *chunk;
 	gfn_t gfn;
 
 	lockdep_assert_held(&kvm->slots_lock);
@@ -296,7 +324,9 @@ void kvm_userfault_arm(struct kvm *kvm, gfn_t start, gfn_t end)
 
 	for (gfn = start; gfn < end; gfn += span.nr) {
 		span = kvm_userfault_span(gfn, end);
-		kvm_userfault_write_span(xa_load(&uf->chunks, span.index), &span, true);
+		chunk = xa_load(&uf->chunks, span.index);
+		kvm_userfault_write_span(chunk, &span, true);
+		kvm_userfault_publish_chunk(uf, span.index, chunk);
 		cond_resched();
 	}
 

@@ -6,11 +6,17 @@
 #include <linux/kvm_userfault.h>
 #include <linux/list.h>
 #include <linux/refcount.h>
+#include <linux/sizes.h>
 #include <linux/spinlock.h>
 #include <linux/wait.h>
 #include <linux/xarray.h>
 
 /* What userfault.c shares with the other parts of KVM Userfault. */
+
+#define KVM_USERFAULT_CHUNK_SHIFT	(PAGE_SHIFT + ilog2(BITS_PER_BYTE))
+
+/* The chunks of so many gfns can be found without a walk. */
+#define KVM_USERFAULT_NR_LOW		(SZ_64G >> PAGE_SHIFT >> KVM_USERFAULT_CHUNK_SHIFT)
 
 #define KVM_USERFAULT_BUCKETS_SHIFT	8
 #define KVM_USERFAULT_NR_BUCKETS	BIT(KVM_USERFAULT_BUCKETS_SHIFT)
@@ -43,6 +49,9 @@ struct kvm_userfault {
 
 	/* By gfn >> KVM_USERFAULT_CHUNK_SHIFT, a page with one bit a gfn. */
 	struct xarray chunks;
+
+	/* Those with the lowest indexes once more, or NULL: faults look here. */
+	unsigned long *low_chunks[KVM_USERFAULT_NR_LOW];
 
 	/* Signalled once for each record that becomes pending, or NULL. */
 	struct eventfd_ctx *eventfd;

@@ -123,6 +123,11 @@ u64 agent_page_content(gva_t gva);
 void agent_fill(void *hva, gva_t gva, u64 nr_pages);
 void agent_assert_content(void *hva, gva_t gva, u64 nr_pages);
 
+#define MAX_SENT_FDS		128
+
+void send_fds(int sock, int *fds, int nr);
+void receive_fds(int sock, int *fds, int nr);
+
 /* Where a test's own memory is: above all of what the library puts in a VM. */
 #define AGENT_GPA		SZ_4G
 #define AGENT_SLOT		10
@@ -237,16 +242,7 @@ void waiter_assert_asleep(struct waiter *waiter);
 void waiter_join(struct waiter *waiter);
 char task_state(pid_t pid, pid_t tid);
 
-/*
- * Other processes.
- */
-
-#define MAX_SENT_FDS	128
-
-void send_fds(int sock, int *fds, int nr);
-void receive_fds(int sock, int *fds, int nr);
-
-/* Wait for the other process to get to where it tells. */
+/* Wait for another process to get to where it tells. */
 void tell(int sock);
 void hear(int sock);
 

@@ -416,6 +416,49 @@ void *agent_add_memory(struct kvm_vm *vm, enum vm_mem_backing_src_type src,
 	return hva;
 }
 
+/* Pass files to another process by a Unix socket. */
+void send_fds(int sock, int *fds, int nr)
+{
+	u8 control[CMSG_SPACE(MAX_SENT_FDS * sizeof(int))] = {};
+	struct iovec iov = { .iov_base = "", .iov_len = 1 };
+	struct msghdr msg = {
+		.msg_iov = &iov,
+		.msg_iovlen = 1,
+		.msg_control = control,
+		.msg_controllen = CMSG_SPACE(nr * sizeof(int)),
+	};
+	struct cmsghdr *cmsg = CMSG_FIRSTHDR(&msg);
+
+	TEST_ASSERT(nr <= MAX_SENT_FDS, "Too many files");
+	cmsg->cmsg_level = SOL_SOCKET;
+	cmsg->cmsg_type = SCM_RIGHTS;
+	cmsg->cmsg_len = CMSG_LEN(nr * sizeof(int));
+	memcpy(CMSG_DATA(cmsg), fds, nr * sizeof(int));
+	TEST_ASSERT(sendmsg(sock, &msg, 0) == 1, "sendmsg() failed, errno %d", errno);
+}
+
+void receive_fds(int sock, int *fds, int nr)
+{
+	u8 control[CMSG_SPACE(MAX_SENT_FDS * sizeof(int))] = {};
+	char byte;
+	struct iovec iov = { .iov_base = &byte, .iov_len = 1 };
+	struct msghdr msg = {
+		.msg_iov = &iov,
+		.msg_iovlen = 1,
+		.msg_control = control,
+		.msg_controllen = sizeof(control),
+	};
+	struct cmsghdr *cmsg;
+
+	TEST_ASSERT(recvmsg(sock, &msg, MSG_CMSG_CLOEXEC) == 1,
+		    "recvmsg() failed, errno %d", errno);
+	cmsg = CMSG_FIRSTHDR(&msg);
+	TEST_ASSERT(cmsg && cmsg->cmsg_type == SCM_RIGHTS &&
+		    cmsg->cmsg_len == CMSG_LEN(nr * sizeof(int)),
+		    "There are not %d files in the message", nr);
+	memcpy(fds, CMSG_DATA(cmsg), nr * sizeof(int));
+}
+
 /* A VM with one vCPU and @nr_pages of such memory, ready for userfaults. */
 struct kvm_vm *agent_create_vm_with_memory(enum vm_mem_backing_src_type src,
 					   u64 nr_pages, struct kvm_vcpu **vcpu)
@@ -597,48 +640,6 @@ void waiter_join(struct waiter *waiter)
 {
 	userfault_wait_until(waiter_is_done(waiter));
 	kvm_pthread_join(waiter->thread, NULL);
-}
-
-void send_fds(int sock, int *fds, int nr)
-{
-	u8 control[CMSG_SPACE(MAX_SENT_FDS * sizeof(int))] = {};
-	struct iovec iov = { .iov_base = "", .iov_len = 1 };
-	struct msghdr msg = {
-		.msg_iov = &iov,
-		.msg_iovlen = 1,
-		.msg_control = control,
-		.msg_controllen = CMSG_SPACE(nr * sizeof(int)),
-	};
-	struct cmsghdr *cmsg = CMSG_FIRSTHDR(&msg);
-
-	TEST_ASSERT(nr <= MAX_SENT_FDS, "Too many files");
-	cmsg->cmsg_level = SOL_SOCKET;
-	cmsg->cmsg_type = SCM_RIGHTS;
-	cmsg->cmsg_len = CMSG_LEN(nr * sizeof(int));
-	memcpy(CMSG_DATA(cmsg), fds, nr * sizeof(int));
-	TEST_ASSERT(sendmsg(sock, &msg, 0) == 1, "sendmsg() failed, errno %d", errno);
-}
-
-void receive_fds(int sock, int *fds, int nr)
-{
-	u8 control[CMSG_SPACE(MAX_SENT_FDS * sizeof(int))] = {};
-	char byte;
-	struct iovec iov = { .iov_base = &byte, .iov_len = 1 };
-	struct msghdr msg = {
-		.msg_iov = &iov,
-		.msg_iovlen = 1,
-		.msg_control = control,
-		.msg_controllen = sizeof(control),
-	};
-	struct cmsghdr *cmsg;
-
-	TEST_ASSERT(recvmsg(sock, &msg, MSG_CMSG_CLOEXEC) == 1,
-		    "recvmsg() failed, errno %d", errno);
-	cmsg = CMSG_FIRSTHDR(&msg);
-	TEST_ASSERT(cmsg && cmsg->cmsg_type == SCM_RIGHTS &&
-		    cmsg->cmsg_len == CMSG_LEN(nr * sizeof(int)),
-		    "There are not %d files in the message", nr);
-	memcpy(fds, CMSG_DATA(cmsg), nr * sizeof(int));
 }
 
 void tell(int sock)
