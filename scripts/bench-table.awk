@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: GPL-2.0
+#
+# bench-table.awk: results.csv of scripts/bench to a table that sets each figure
+# against its aim. A figure that was not measured leaves no line.
+
+NR > 1 {
+	key = $1 "," $2 "," $3 "," $4
+	value[key] = $6
+	if ($6)
+		spread[key] = ($8 - $7) * 100 / $6
+	if ($1 == "counts" && ($4 ~ /^lock:/ || $4 ~ /^contended:/))
+		locks[$2 "," $3 "," $4] = $6
+}
+
+function has(key) { return key in value }
+
+# The key of a cost on the series' kernel.
+function cost(thing, variant) { return "series," thing "," variant ",cost" }
+
+function line(what, left, right, figure, aim, good) {
+	printf "%-52s %12s %12s %10s  %-11s %s\n", what, left, right, figure, aim, good
+}
+
+function verdict(good) {
+	if (!good)
+		missed++
+	return good ? "met" : "MISSED"
+}
+
+# Two figures, whose ratio must be limit at most.
+function ratio(what, a, b, limit,    r) {
+	if (!has(a) || !has(b) || !value[b])
+		return
+	r = value[a] / value[b]
+	line(what, sprintf("%.0f", value[a]), sprintf("%.0f", value[b]), sprintf("%.3f", r),
+	     limit ? "<= " limit : "", limit ? verdict(r <= limit) : "")
+	if (spread[a] > worst)
+		worst = spread[a]
+	if (spread[b] > worst)
+		worst = spread[b]
+}
+
+# A count per fault, which is nothing if rounded to one decimal.
+function nothing(what, a) { line(what, "", "", sprintf("%.3f", a), "0", verdict(a < 0.05 && a > -0.05)) }
+
+function counted(thing, metric) { return value["counts," thing ",8," metric] }
+
+function allocations(thing) {
+	return counted(thing, "kmallocs") + counted(thing, "slab_allocs") + counted(thing, "page_allocs")
+}
+
+# Exclusive locks that are of the feature, or that it was not to take.
+function own_locks(thing, kind,    k, sum) {
+	for (k in locks) {
+		if (index(k, thing ",8," kind ":") == 1 &&
+		    (k ~ /uf->|bucket/ || k ~ /slots_lock/ || k ~ /mmu_lock.*-W/ || k ~ /userfault/))
+			sum += locks[k]
+	}
+	return sum
+}
+
+END {
+	line("per fault or page, in instructions", "this", "other", "ratio", "aim", "")
+	split("1 8 64", vcpus, " ")
+	for (i = 1; i <= 3; i++) {
+		v = vcpus[i]
+		ratio("userfault exit : plain fault, " v " vCPUs", cost("exit", v), cost("plain", v), 1.5)
+	}
+	for (i = 1; i <= 3; i++)
+		ratio("userfault exit : uffd MINOR, " vcpus[i] " vCPUs", cost("exit", vcpus[i]),
+		      cost("uffd", vcpus[i]), 0.37)
+	ratio("userfault exit, 64 : 1 vCPUs", cost("exit", 64), cost("exit", 1), 1.15)
+	ratio("uffd MINOR, 64 : 1 vCPUs", cost("uffd", 64), cost("uffd", 1))
+	ratio("plain fault, 64 : 1 vCPUs", cost("plain", 64), cost("plain", 1))
+	ratio("userfault exit : plain, host mapping populated", cost("exit", "1-populated"),
+	      cost("plain", "1-populated"))
+	for (i = 1; i <= 3; i++)
+		ratio("queue : uffd MINOR, " vcpus[i] " vCPUs", cost("queue", vcpus[i]), cost("uffd", vcpus[i]), 1.0)
+	for (i = 1; i <= 3; i++)
+		ratio("queue : uffd MINOR, both in other process, " vcpus[i], cost("queue", vcpus[i]),
+		      cost("uffd-process", vcpus[i]), 1.0)
+	ratio("access by KVM, queue : uffd", cost("access-queue", 64), cost("access-uffd", 64), 1.0)
+	ratio("wake, 64 : 1 others wait, queue", cost("wake-queue", 64), cost("wake-queue", 1))
+	ratio("wake, 64 : 1 others wait, uffd", cost("wake-uffd", 64), cost("wake-uffd", 1))
+	ratio("wake, 64 others wait, queue : uffd", cost("wake-queue", 64), cost("wake-uffd", 64))
+	ratio("guest_memfd MINOR : shmem MINOR", "series,guest_memfd,1,minor", "series,shmem,1,minor", 1.0)
+	ratio("clear one page by ioctl : PRIVATE", "series,arm,64,clear_one", "series,private,1,clear_one", 0.2)
+
+	a = "series,arm,64,cost"
+	p = "series,private,1,cost"
+	if (has(a) && has(p)) {
+		r = value[p] * 64 / value[a]
+		line("PRIVATE : arming, 64 GiB (PRIVATE: 64 x 1 GiB)", sprintf("%.3g", value[p] * 64),
+		     sprintf("%.3g", value[a]), sprintf("%.0f", r), ">= 5000", verdict(r >= 5000))
+	}
+	a = "series,arm,64,bitmap_bytes"
+	if (has(a))
+		line("memory to arm 64 GiB, and slab for PRIVATE, KiB", sprintf("%.0f", value[a] / 1024),
+		     sprintf("%.0f", value["series,private,1,slab_bytes"] * 64 / 1024), "", "<= 2048",
+		     verdict(value[a] <= 2097152))
+
+	a = "series,huge,1,pages_2m_"
+	if (has(a "never")) {
+		ratio("pages_2m after disabling : never used", a "disabled", a "never")
+		if (value[a "disabled"] != value[a "never"])
+			missed++
+		ratio("pages_2m of clean blocks : their number", a "clean_blocks", "series,huge,1,clean_blocks")
+		if (value[a "clean_blocks"] != value["series,huge,1,clean_blocks"])
+			missed++
+	}
+
+	ratio("demand_paging_test, series : unpatched", "series,demand_paging_test,1,total",
+	      "unpatched,demand_paging_test,1,total", 1.005)
+	ratio("plain fault, series : unpatched", cost("plain", 1), "unpatched,plain,1,cost", 1.005)
+	printf "Worst spread of these, largest less smallest value: %.2f %%\n", worst
+
+	if (has("counts,exit,8,syscalls")) {
+		print ""
+		line("counts per userfault exit, 8 vCPUs on 2 CPUs", "", "", "figure", "aim", "")
+		nothing("context switches", counted("exit", "switches"))
+		nothing("system calls but KVM_RUN", counted("exit", "syscalls") - counted("exit", "kvm_run_calls"))
+		nothing("exclusive locks of the feature", own_locks("exit", "lock"))
+		nothing("contended locks of the feature", own_locks("exit", "contended"))
+		nothing("allocations more than a plain fault", allocations("exit") - allocations("plain"))
+		nothing("IPIs", counted("exit", "ipis") + counted("exit", "ipi_masks"))
+		print ""
+		printf "%-24s %10s %10s %10s %10s\n", "counts per fault", "plain", "exit", "queue", "uffd"
+		n = split("vm_exits kvm_run_calls syscalls switches kmallocs slab_allocs page_allocs ipis contentions", m, " ")
+		for (i = 1; i <= n; i++)
+			printf "%-24s %10.3f %10.3f %10.3f %10.3f\n", m[i], counted("plain", m[i]),
+				counted("exit", m[i]), counted("queue", m[i]), counted("uffd", m[i])
+	}
+
+	print ""
+	print missed ? missed " missed" : "all met"
+}
