@@ -4,12 +4,13 @@
 # header comment tells more.
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long check tree export clean
+.PHONY: help run bench test test-long check tree export clean
 
 export ARCH KERNEL JOBS
 
 help:
 	@echo 'make run        demand-page a guest with KVM Userfault beside userfaultfd, in QEMU'
+	@echo 'make bench      what it costs, in instructions and in counts, against its aims'
 	@echo 'make test       everything that must hold, on x86_64 and arm64 (about an hour)'
 	@echo 'make test-long  all KVM selftests, unpatched kernel against patched (hours)'
 	@echo 'make check      what needs no boot: checkpatch, sparse, W=1, every patch builds'
@@ -17,13 +18,16 @@ help:
 	@echo 'make export     commits of build/linux back to patches/ and the added files'
 	@echo 'make clean      remove build/, but for fetched packages and build/linux'
 	@echo
-	@echo 'ARCH=x86_64|arm64  architecture of make run (this machine'\''s own unless given)'
+	@echo 'ARCH=x86_64|arm64  architecture of make run and bench (this machine'\''s own unless given)'
 	@echo 'KERNEL=DIR         a Linux 7.3.y tree to take instead of the one from Debian;'
 	@echo '                   it is copied, never changed'
 	@echo 'JOBS=N             parallel compiler jobs (all CPUs unless given)'
 
 run:
 	@scripts/run
+
+bench:
+	@scripts/bench
 
 test:
 	@scripts/test
