@@ -10,6 +10,8 @@ NR > 1 {
 		spread[key] = ($8 - $7) * 100 / $6
 	if ($1 == "counts" && ($4 ~ /^lock:/ || $4 ~ /^contended:/))
 		locks[$2 "," $3 "," $4] = $6
+	if ($4 ~ /^lock:/)
+		lockstat = 1
 }
 
 function has(key) { return key in value }
@@ -38,6 +40,13 @@ function ratio(what, a, b, limit,    r) {
 		worst = spread[a]
 	if (spread[b] > worst)
 		worst = spread[b]
+}
+
+# Two figures that have to be the same.
+function all(what, a, b) {
+	if (has(a) && has(b))
+		line(what, sprintf("%.0f", value[a]), sprintf("%.0f", value[b]),
+		     sprintf("%.0f %%", value[a] * 100 / value[b]), "100 %", verdict(value[a] == value[b]))
 }
 
 # A count per fault, which is nothing if rounded to one decimal.
@@ -100,14 +109,8 @@ END {
 		     verdict(value[a] <= 2097152))
 
 	a = "series,huge,1,pages_2m_"
-	if (has(a "never")) {
-		ratio("pages_2m after disabling : never used", a "disabled", a "never")
-		if (value[a "disabled"] != value[a "never"])
-			missed++
-		ratio("pages_2m of clean blocks : their number", a "clean_blocks", "series,huge,1,clean_blocks")
-		if (value[a "clean_blocks"] != value["series,huge,1,clean_blocks"])
-			missed++
-	}
+	all("pages_2m after disabling, and never used", a "disabled", a "never")
+	all("pages_2m of clean blocks, and their number", a "clean_blocks", "series,huge,1,clean_blocks")
 
 	ratio("demand_paging_test, series : unpatched", "series,demand_paging_test,1,total",
 	      "unpatched,demand_paging_test,1,total", 1.005)
@@ -119,8 +122,10 @@ END {
 		line("counts per userfault exit, 8 vCPUs on 2 CPUs", "", "", "figure", "aim", "")
 		nothing("context switches", counted("exit", "switches"))
 		nothing("system calls but KVM_RUN", counted("exit", "syscalls") - counted("exit", "kvm_run_calls"))
-		nothing("exclusive locks of the feature", own_locks("exit", "lock"))
-		nothing("contended locks of the feature", own_locks("exit", "contended"))
+		if (lockstat) {
+			nothing("exclusive locks of the feature", own_locks("exit", "lock"))
+			nothing("contended locks of the feature", own_locks("exit", "contended"))
+		}
 		nothing("allocations more than a plain fault", allocations("exit") - allocations("plain"))
 		nothing("IPIs", counted("exit", "ipis") + counted("exit", "ipi_masks"))
 		print ""
