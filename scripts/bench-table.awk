@@ -120,7 +120,7 @@ END {
 	if (has("counts,exit,8,syscalls")) {
 		print ""
 		line("counts per userfault exit, 8 vCPUs on 2 CPUs", "", "", "figure", "aim", "")
-		nothing("context switches", counted("exit", "switches"))
+		nothing("context switches of its own accord", counted("exit", "own_switches"))
 		nothing("system calls but KVM_RUN", counted("exit", "syscalls") - counted("exit", "kvm_run_calls"))
 		if (lockstat) {
 			nothing("exclusive locks of the feature", own_locks("exit", "lock"))
