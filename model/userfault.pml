@@ -140,7 +140,7 @@ inline wake(buffer, fail)
  */
 proctype access(byte w)
 {
-	bool error = false, eintr = false;
+	bool error = false, eintr = false, no_record;
 
 	do
 	/* kvm_userfault_blocked() */
@@ -166,26 +166,37 @@ proctype access(byte w)
 		atomic { !ul -> ul = true };
 		atomic {
 			if
-			:: !on || sb_disable	/* uf->kvm, under the lock */
+			:: !on || sb_disable ->	/* uf->kvm, under the lock */
+#ifndef BREAK_CLOSED_CHECK
+				skip
+#else
+				record[w] = PENDING
+#endif
 #ifndef BREAK_ORPHANED_CHECK
-			:: on && !sb_disable && orphaned -> error = true
+			/* A page that the last pager cleared is no reason to fail. */
+			:: on && !sb_disable && orphaned ->
+#ifndef BREAK_ORPHANED_TEST
+				error = armed
+#else
+				error = true
+#endif
+				assert(armed || !error)
 			:: on && !sb_disable && !orphaned -> record[w] = PENDING
 #else
 			:: on && !sb_disable -> record[w] = PENDING
 #endif
 			fi;
+			no_record = (record[w] == NONE);
 			sb_wait[w] = true
 		}
 
 		if
-		:: error
+		/* Without a record, look at the bit again. */
+		:: no_record
 		:: else ->
 #ifndef BREAK_NOTIFY
 			/* The waitqueue's lock comes after uf->lock was released. */
-			if
-			:: record[w] != NONE -> notify_one()
-			:: else
-			fi;
+			notify_one();
 #endif
 			/* kvm_userfault_sleep() */
 			do

@@ -26,6 +26,7 @@ void kvm_arch_userfault_recover(struct kvm *kvm, const struct kvm_memory_slot *s
 /* Flags of KVM_CAP_USERFAULT that @kvm, or some VM if NULL, supports. */
 u64 kvm_userfault_supported_flags(struct kvm *kvm);
 int kvm_userfault_enable_cap(struct kvm *kvm, const struct kvm_enable_cap *cap);
+void kvm_userfault_close(struct kvm *kvm);
 void kvm_userfault_destroy(struct kvm *kvm);
 
 int kvm_userfault_read(struct kvm *kvm, struct kvm_userfault_event __user *uevent);
@@ -175,6 +176,10 @@ static inline int kvm_userfault_enable_cap(struct kvm *kvm,
 					   const struct kvm_enable_cap *cap)
 {
 	return -EINVAL;
+}
+
+static inline void kvm_userfault_close(struct kvm *kvm)
+{
 }
 
 static inline void kvm_userfault_destroy(struct kvm *kvm)

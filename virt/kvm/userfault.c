@@ -628,14 +628,23 @@ int kvm_userfault_enable_cap(struct kvm *kvm, const struct kvm_enable_cap *cap)
 	return kvm_userfault_enable(kvm, flags, cap->args[1]);
 }
 
+/*
+ * The last reference to the VM is gone.  Freeing its vCPUs may access guest memory,
+ * e.g. to leave a nested guest, and nobody is left to resolve what would wait.
+ */
+void kvm_userfault_close(struct kvm *kvm)
+{
+	struct kvm_userfault *uf = rcu_dereference_protected(kvm->userfault, true);
+
+	if (uf)
+		kvm_userfault_close_queue(uf);
+}
+
 /* The VM is gone: no vCPU, no device and no file refers to it any more. */
 void kvm_userfault_destroy(struct kvm *kvm)
 {
 	struct kvm_userfault *uf = rcu_dereference_protected(kvm->userfault, true);
 
-	if (!uf)
-		return;
-
-	kvm_userfault_close_queue(uf);
-	kvm_userfault_put(uf);
+	if (uf)
+		kvm_userfault_put(uf);
 }

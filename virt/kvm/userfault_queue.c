@@ -98,8 +98,10 @@ static int kvm_userfault_add_record(struct kvm_userfault *uf,
 
 	if (kvm_userfault_is_closed(uf))
 		return 0;
+	/* The last pager may have cleared the page before it went. */
 	if (uf->orphaned)
-		return -EFAULT;
+		return kvm_userfault_test(uf, kvm_userfault_waiter_gfn(waiter)) ?
+		       -EFAULT : 0;
 
 	waiter->event.id = ++uf->last_id;
 	list_add_tail(&waiter->record, &uf->pending);
@@ -264,8 +266,9 @@ static int kvm_userfault_wait_once(struct kvm_userfault *uf,
 
 	kvm_userfault_add_waiter(uf, &waiter);
 
+	/* Without a record don't sleep, but look at the bit again. */
 	r = kvm_userfault_add_record(uf, &waiter);
-	if (!r) {
+	if (waiter.event.id) {
 		trace_kvm_userfault_wait(waiter.event.id, waiter.event.vcpu_id,
 					 waiter.event.gpa, waiter.event.flags);
 		kvm_userfault_notify(uf, 1);
