@@ -6,10 +6,10 @@
 .DEFAULT_GOAL := help
 .PHONY: help run bench test test-long check tree export clean
 
-export ARCH KERNEL JOBS
+export ARCH KERNEL JOBS SIZE VCPUS QUICK
 
 help:
-	@echo 'make run        demand-page a guest with KVM Userfault beside userfaultfd, in QEMU'
+	@echo 'make run        migrate a running guest by KVM Userfault, and by userfaultfd, in QEMU'
 	@echo 'make bench      what it costs, in instructions and in counts, against its aims'
 	@echo 'make test       everything that must hold, on x86_64 and arm64 (about an hour)'
 	@echo 'make test-long  all KVM selftests, unpatched kernel against patched (hours)'
@@ -21,6 +21,8 @@ help:
 	@echo 'ARCH=x86_64|arm64  architecture of make run and bench (this machine'\''s own unless given)'
 	@echo 'KERNEL=DIR         a Linux 7.3.y tree to take instead of the one from Debian;'
 	@echo '                   it is copied, never changed'
+	@echo 'SIZE=64M VCPUS=N   memory and vCPUs of the guest of make run'
+	@echo 'QUICK=y            a short make bench, for a try'
 	@echo 'JOBS=N             parallel compiler jobs (all CPUs unless given)'
 
 run:
