@@ -1654,6 +1654,47 @@ userfault_test(paths, failed_ioctl_does_not_fail_kvm_run)
 	TEST_ASSERT_EQ(vcpu_get_stat(self->vcpu, userfault_exits), 0);
 }
 
+/*
+ * A record says whether it is about the private page of a gfn.  Only vCPUs get at such
+ * memory, and they wait only if they are to.
+ */
+TEST(private_memory)
+{
+	const struct vm_shape shape = {
+		.mode = VM_MODE_DEFAULT,
+		.type = KVM_X86_SW_PROTECTED_VM,
+	};
+	struct kvm_userfault_event event;
+	struct kvm_vcpu *vcpu;
+	struct waiter waiter;
+	struct kvm_vm *vm;
+	int fd;
+
+	if (!(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM)))
+		SKIP(return, "There are no VMs of type KVM_X86_SW_PROTECTED_VM");
+
+	vm = agent_create_vm(shape, 1, &vcpu);
+	agent_add_memory(vm, VM_MEM_SRC_ANONYMOUS, AGENT_GPA, AGENT_SLOT, NR_PAGES,
+			 KVM_MEM_GUEST_MEMFD);
+	vm_mem_set_private(vm, AGENT_GPA, NR_PAGES * PAGE_SIZE);
+	agent_do(vcpu, AGENT_WRITE, AGENT_GPA, 5);
+
+	vm_userfault_enable_async(vm, KVM_USERFAULT_ASYNC_VCPU);
+	fd = vm_create_userfault_fd(vm);
+	vm_userfault_arm(vm, AGENT_GPA, PAGE_SIZE);
+	agent_request(vcpu, AGENT_READ, AGENT_GPA, 0);
+	waiter_start(&waiter, finish_fn, vcpu);
+	event = userfault_read(fd);
+	TEST_ASSERT_EQ(event.gpa, AGENT_GPA);
+	TEST_ASSERT_EQ(event.flags, USERFAULT_READ | KVM_MEMORY_EXIT_FLAG_PRIVATE);
+
+	userfault_resolve(fd, AGENT_GPA, PAGE_SIZE, 0, 0);
+	waiter_join(&waiter);
+	TEST_ASSERT_EQ(agent_result(vcpu), 5);
+	kvm_close(fd);
+	kvm_vm_free(vm);
+}
+
 int main(int argc, char *argv[])
 {
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_USERFAULT) & KVM_USERFAULT_ASYNC);
