@@ -981,6 +981,23 @@ userfault_test(paths, xen_vcpu_info)
 	test_xen_time(self, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, 32);
 }
 
+/* Telling KVM where the structure is does not touch it, nor have its page allocated. */
+userfault_test(paths, xen_vcpu_info_before_there_is_a_page)
+{
+	void *hva = self->hva + 2 * PAGE_SIZE;
+	unsigned char present;
+
+	if (!enable_xen(self))
+		SKIP(return, "There is no Xen emulation");
+
+	warm_up(self);
+	kvm_madvise(hva, PAGE_SIZE, MADV_DONTNEED);
+	vm_userfault_arm(self->vm, XEN_VCPU_INFO, PAGE_SIZE);
+	xen_set_vcpu_attr(self->vcpu, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, XEN_VCPU_INFO);
+	TEST_ASSERT(!mincore(hva, PAGE_SIZE, &present), "mincore() failed, errno %d", errno);
+	TEST_ASSERT(!(present & 1), "KVM has allocated an armed page");
+}
+
 userfault_test(paths, xen_vcpu_time_info)
 {
 	if (!enable_xen(self))
