@@ -1118,7 +1118,7 @@ uffd_test(gmem, guarded_pages_are_not_filled)
 uffd_test(gmem, hwpoisoned_pages_are_not_mapped)
 {
 	fill_by_alias(self, 0);
-	if (madvise(alias_page(self, 0), page_size, MADV_HWPOISON))
+	if (!poison_page(alias_page(self, 0)))
 		SKIP(return, "MADV_HWPOISON is not available");
 
 	register_mem(self, 0, MISSING | MINOR);

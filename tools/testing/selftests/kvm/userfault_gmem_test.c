@@ -404,7 +404,7 @@ userfault_test(gmem, hwpoisoned_page)
 	int ret;
 
 	fill(self, 0, 2);
-	if (madvise(hva_page(self, 0), page_size, MADV_HWPOISON))
+	if (!poison_page(hva_page(self, 0)))
 		SKIP(return, "MADV_HWPOISON is not available");
 
 	arm(self, 0, 2);
@@ -418,6 +418,7 @@ userfault_test(gmem, hwpoisoned_page)
 	/* A hole takes the poison away, and the page can be filled again. */
 	arm(self, 0, 1);
 	punch(self, 0, 1);
+	kvm_madvise(hva_page(self, 0), page_size, MADV_DONTNEED);
 	fill(self, 0, 1);
 	clear(self, 0, 2);
 	TEST_ASSERT_EQ(agent_finish(self->vcpu), agent_page_content(page_gpa(0)));
