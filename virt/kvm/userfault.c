@@ -31,6 +31,7 @@
 #include <linux/eventfd.h>
 #include <linux/kvm_host.h>
 #include <linux/kvm_userfault.h>
+#include <linux/nospec.h>
 #include <trace/events/kvm.h>
 
 #include "kvm_mm.h"
@@ -95,8 +96,10 @@ static void kvm_userfault_publish_chunk(struct kvm_userfault *uf, unsigned long 
 /* What is not published has no bit set that anybody could rely on. */
 static unsigned long *kvm_userfault_chunk(struct kvm_userfault *uf, unsigned long index)
 {
-	if (likely(index < KVM_USERFAULT_NR_LOW))
+	if (likely(index < KVM_USERFAULT_NR_LOW)) {
+		index = array_index_nospec(index, KVM_USERFAULT_NR_LOW);
 		return READ_ONCE(uf->low_chunks[index]);
+	}
 
 	return xa_load(&uf->chunks, index);
 }
@@ -278,8 +281,7 @@ int kvm_userfault_reserve(struct kvm *kvm, gfn_t start, gfn_t end)
 	return 0;
 }
 
-/* Unmap the gfns [@start, @end) from the guest, private or shared. */
-static void kvm_userfault_unmap(struct kvm *kvm, gfn_t start, gfn_t end)
+static void kvm_userfault_unmap_window(struct kvm *kvm, gfn_t start, gfn_t end)
 {
 	struct kvm_gfn_range range = {
 		.attr_filter = KVM_FILTER_SHARED | KVM_FILTER_PRIVATE,
@@ -309,6 +311,22 @@ static void kvm_userfault_unmap(struct kvm *kvm, gfn_t start, gfn_t end)
 
 	kvm_mmu_invalidate_end(kvm);
 	KVM_MMU_UNLOCK(kvm);
+}
+
+/*
+ * Unmap the gfns [@start, @end) from the guest, private or shared.  Go step by
+ * step, as there may be no fault of the VM that can be resolved as long as there is
+ * an invalidation.
+ */
+static void kvm_userfault_unmap(struct kvm *kvm, gfn_t start, gfn_t end)
+{
+	gfn_t next;
+
+	for (; start < end; start = next) {
+		next = min(ALIGN(start + 1, PUD_SIZE >> PAGE_SHIFT), end);
+		kvm_userfault_unmap_window(kvm, start, next);
+		cond_resched();
+	}
 }
 
 void kvm_userfault_arm(struct kvm *kvm, gfn_t start, gfn_t end)

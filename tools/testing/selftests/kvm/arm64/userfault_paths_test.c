@@ -189,7 +189,7 @@ userfault_test(paths, stage_1_walk)
 
 	arm(self, &page, self->vm->mmu.pgd);
 	expect_wait(self, &page, USERFAULT_READ, inject_abort_fn, self->vcpu);
-	esr = vcpu_get_reg(self->vcpu, KVM_ARM64_SYS_REG(SYS_ESR_EL1));
+	esr = vcpu_get_reg(self->vcpu, ctxt_reg_alias(self->vcpu, SYS_ESR_EL1));
 	TEST_ASSERT_EQ(esr & ESR_ELx_FSC, ESR_ELx_FSC_SEA_TTW(3));
 }
 
