@@ -42,37 +42,35 @@ static u64 l2_gva;
 static u64 l1_vttbr;
 static u64 l2_stack[512] __aligned(16);
 
-u64 enter_l2(u64 (*l2)(void));
-void leave_l2(void);
+/* Where L1 goes on when L2 returns. */
+static u64 l1_resume;
 
-/* All registers are L2's when it leaves, but for L1's stack pointer. */
-asm(
-	".pushsection .text\n"
-	"enter_l2:\n"
-	"	stp	x29, x30, [sp, #-96]!\n"
-	"	stp	x19, x20, [sp, #16]\n"
-	"	stp	x21, x22, [sp, #32]\n"
-	"	stp	x23, x24, [sp, #48]\n"
-	"	stp	x25, x26, [sp, #64]\n"
-	"	stp	x27, x28, [sp, #80]\n"
-	"	mov	x1, #" __stringify(PSTATE_EL1H) "\n"
-	"	msr	elr_el2, x0\n"
-	"	msr	spsr_el2, x1\n"
-	"	eret\n"
-	"leave_l2:\n"
-	"	ldp	x19, x20, [sp, #16]\n"
-	"	ldp	x21, x22, [sp, #32]\n"
-	"	ldp	x23, x24, [sp, #48]\n"
-	"	ldp	x25, x26, [sp, #64]\n"
-	"	ldp	x27, x28, [sp, #80]\n"
-	"	ldp	x29, x30, [sp], #96\n"
-	"	ret\n"
-	".popsection\n"
-);
+/* All registers are L2's when it returns, but for L1's stack pointer. */
+static noinline u64 enter_l2(u64 (*l2)(void))
+{
+	register u64 x0 asm("x0") = (u64)l2;
+	register u64 x1 asm("x1") = (u64)&l1_resume;
+	register u64 x2 asm("x2") = PSTATE_EL1H;
+
+	asm volatile("stp	x29, x30, [sp, #-16]!\n\t"
+		     "adr	x3, 1f\n\t"
+		     "str	x3, [x1]\n\t"
+		     "msr	elr_el2, x0\n\t"
+		     "msr	spsr_el2, x2\n\t"
+		     "eret\n"
+		     "1:\n\t"
+		     "ldp	x29, x30, [sp], #16"
+		     : "+r" (x0), "+r" (x1), "+r" (x2)
+		     :
+		     : "x3", "x4", "x5", "x6", "x7", "x8", "x9", "x10", "x11", "x12",
+		       "x13", "x14", "x15", "x16", "x17", "x18", "x19", "x20", "x21",
+		       "x22", "x23", "x24", "x25", "x26", "x27", "x28", "cc", "memory");
+	return x0;
+}
 
 static void guest_handle_hvc(struct ex_regs *regs)
 {
-	regs->pc = (u64)leave_l2;
+	regs->pc = l1_resume;
 	regs->pstate = PSTATE_EL2H;
 }
 
