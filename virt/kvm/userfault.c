@@ -116,16 +116,15 @@ static unsigned long *kvm_userfault_chunk_rcu(struct kvm *kvm, unsigned long ind
 
 bool kvm_userfault_test(struct kvm_userfault *uf, gfn_t gfn)
 {
-	struct kvm_userfault_span span = kvm_userfault_span(gfn, gfn + 1);
 	unsigned long *chunk;
 
 	if (kvm_userfault_is_closed(uf))
 		return false;
 
-	chunk = kvm_userfault_chunk(uf, span.index);
+	chunk = kvm_userfault_chunk(uf, gfn >> KVM_USERFAULT_CHUNK_SHIFT);
 
 	/* Pairs with the barrier in kvm_userfault_clear_range(). */
-	return chunk && test_bit_acquire(span.first, chunk);
+	return chunk && test_bit_acquire(gfn & (KVM_USERFAULT_CHUNK_GFNS - 1), chunk);
 }
 
 bool __kvm_userfault_armed(struct kvm *kvm, gfn_t gfn)
@@ -423,14 +422,13 @@ int kvm_userfault_prepare_exit(struct kvm_vcpu *vcpu, gfn_t gfn, bool is_write,
 	if (vcpu->userfault_error)
 		return -EFAULT;
 
-	vcpu->userfault = (struct kvm_userfault_event) {
-		.gpa = gfn_to_gpa(gfn),
-		.size = PAGE_SIZE,
-		.flags = KVM_MEMORY_EXIT_FLAG_USERFAULT | access |
-			 (is_private ? KVM_MEMORY_EXIT_FLAG_PRIVATE : 0),
-		.vcpu_id = vcpu->vcpu_id,
-		.as_id = kvm_arch_vcpu_memslots_id(vcpu),
-	};
+	/* What else there is has never been anything but zero. */
+	vcpu->userfault.gpa = gfn_to_gpa(gfn);
+	vcpu->userfault.size = PAGE_SIZE;
+	vcpu->userfault.flags = KVM_MEMORY_EXIT_FLAG_USERFAULT | access |
+				(is_private ? KVM_MEMORY_EXIT_FLAG_PRIVATE : 0);
+	vcpu->userfault.vcpu_id = vcpu->vcpu_id;
+	vcpu->userfault.as_id = kvm_arch_vcpu_memslots_id(vcpu);
 	return -EFAULT;
 }
 

@@ -1936,7 +1936,7 @@ int main(int argc, char *argv[])
 	page_size = getpagesize();
 
 	TEST_REQUIRE(kvm_has_mappable_guest_memfd());
-	TEST_REQUIRE(uffd_features() & UFFD_FEATURE_MISSING_GUEST_MEMFD);
+	TEST_REQUIRE(has_uffd(UFFD_FEATURE_MISSING_GUEST_MEMFD));
 
 	return test_harness_run(argc, argv);
 }

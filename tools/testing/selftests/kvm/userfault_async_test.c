@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/epoll.h>
@@ -205,9 +206,38 @@ userfault_test(capability, eventfd_is_checked)
 	kvm_close(fd);
 }
 
+/* The id belongs to what is behind the files, and is used again when that is gone. */
+static int eventfd_id(int fd)
+{
+	char path[64], line[128];
+	FILE *file;
+	int id;
+
+	snprintf(path, sizeof(path), "/proc/self/fdinfo/%d", fd);
+	file = fopen(path, "r");
+	TEST_ASSERT(file, "Cannot open %s, errno %d", path, errno);
+
+	do {
+		TEST_ASSERT(fgets(line, sizeof(line), file), "%s has no id", path);
+	} while (sscanf(line, "eventfd-id: %d", &id) != 1);
+	fclose(file);
+
+	return id;
+}
+
+static int next_eventfd_id(void)
+{
+	int fd = eventfd(0, 0);
+	int id = eventfd_id(fd);
+
+	kvm_close(fd);
+	return id;
+}
+
 userfault_test(capability, eventfd_is_let_go)
 {
 	int fd = eventfd(0, EFD_NONBLOCK);
+	int id = eventfd_id(fd);
 	u64 val;
 
 	TEST_ASSERT_EQ(enable(self->vm, KVM_USERFAULT_ASYNC | KVM_USERFAULT_EVENTFD, fd), 0);
@@ -217,7 +247,11 @@ userfault_test(capability, eventfd_is_let_go)
 
 	/* Nothing was queued, so nothing may be signalled. */
 	TEST_ASSERT_ERRNO(read(fd, &val, sizeof(val)), EAGAIN);
+
+	TEST_ASSERT(next_eventfd_id() != id, "The id is no id");
 	kvm_close(fd);
+	/* Other processes may have eventfds that come and go. */
+	userfault_wait_until(next_eventfd_id() <= id);
 }
 
 userfault_test(capability, file_needs_userfault)
@@ -268,12 +302,23 @@ FIXTURE(async) {
 
 #define async_data FIXTURE_DATA(async)
 
-static void *add_memory(struct kvm_vm *vm)
+static void *add_memory_at(struct kvm_vm *vm, gpa_t gpa, u32 slot)
 {
-	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, AGENT_GPA, AGENT_SLOT,
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, gpa, slot,
 				    NR_PAGES * page_size / vm->page_size, 0);
 
-	return memslot2region(vm, AGENT_SLOT)->host_mem;
+	return memslot2region(vm, slot)->host_mem;
+}
+
+static void *add_memory(struct kvm_vm *vm)
+{
+	return add_memory_at(vm, AGENT_GPA, AGENT_SLOT);
+}
+
+/* The memory that one page of the bitmap is for. */
+static u64 chunk_size(void)
+{
+	return 8 * page_size * page_size;
 }
 
 /* All pages are armed. */
@@ -446,18 +491,45 @@ userfault_test(async, other_pages_do_not_wait)
 	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_records), 0);
 }
 
+#ifdef __x86_64__
+/* The version of the clock, which is odd while the clock is written. */
+static void put_content(u32 *page)
+{
+	WRITE_ONCE(page[0], 100);
+}
+
+static void assert_content_was_seen(u32 *page)
+{
+	TEST_ASSERT_EQ(READ_ONCE(page[0]), 102);
+}
+#endif
+
+#ifdef __aarch64__
+/* It adds up, but for threads that have been robbed of different amounts. */
+static void put_content(u32 *page)
+{
+	WRITE_ONCE(*(u64 *)(page + 2), BIT_ULL(60));
+}
+
+static void assert_content_was_seen(u32 *page)
+{
+	u64 stolen_time = READ_ONCE(*(u64 *)(page + 2));
+
+	TEST_ASSERT(stolen_time > BIT_ULL(59) && stolen_time < BIT_ULL(61),
+		    "It does not go on from what the page has: %#lx", stolen_time);
+}
+#endif
+
 /* The access does what it would have done: it sees what filled the page. */
 userfault_test(async, access_sees_the_content)
 {
 	struct kvm_access *access = start_nth(self, 0, 0, 1);
-	u32 *word = page_hva(self, 0);
 
-	WRITE_ONCE(word[0], 100);
+	put_content(page_hva(self, 0));
 	resolve(self, 0, 1);
 	finish(access);
-#ifdef __x86_64__
-	TEST_ASSERT_EQ(READ_ONCE(word[0]), 102);
-#endif
+	assert_succeeded(self, 0);
+	assert_content_was_seen(page_hva(self, 0));
 }
 
 FIXTURE(sync) {
@@ -1254,16 +1326,29 @@ userfault_test(async, mapping_is_the_bitmap)
 			       (i < NR_PAGES && i != 1 && i != 9) || i == NR_PAGES + 7);
 }
 
-/* Also where no page has ever been armed. */
-userfault_test(async, mapping_comes_before_arming)
+/*
+ * KVM finds the bits of the lower pages faster than those of the others, to which they
+ * are the border.
+ */
+#define HIGH_GPA	(16 * SZ_4G)
+
+static void test_mapping_before_arming(async_data *self, gpa_t gpa)
 {
-	gpa_t gpa = 16ull * AGENT_GPA;
 	u8 *bitmap = userfault_map_bitmap(self->fd, gpa);
 
 	TEST_ASSERT(!userfault_test_bit(bitmap, 3), "Armed by mapping the bitmap");
 	vm_userfault_arm(self->vm, gpa + 3 * page_size, page_size);
 	TEST_ASSERT(userfault_test_bit(bitmap, 3), "Not the bitmap that KVM uses");
 	TEST_ASSERT(!userfault_test_bit(bitmap, 2), "Not the bit of the page");
+}
+
+/* Also where no page has ever been armed. */
+userfault_test(async, mapping_comes_before_arming)
+{
+	test_mapping_before_arming(self, AGENT_GPA + chunk_size());
+	test_mapping_before_arming(self, HIGH_GPA - chunk_size());
+	test_mapping_before_arming(self, HIGH_GPA);
+	test_mapping_before_arming(self, HIGH_GPA + chunk_size());
 }
 
 userfault_test(async, mapping_must_be_shared)
@@ -1305,19 +1390,38 @@ userfault_test(async, mapping_clears_for_later_accesses)
 	assert_succeeded(self, 0);
 }
 
+/* Stop an access to page 1 of those at @gpa by the mapping alone, and let it go on. */
+static void test_mapping_stops_access(async_data *self, gpa_t gpa)
+{
+	struct kvm_access *access = &self->accesses[0];
+	u8 *bitmap = userfault_map_bitmap(self->fd, gpa);
+	struct kvm_userfault_event event;
+
+	gpa += page_size;
+	userfault_set_bit(bitmap, 1);
+	kvm_access_start(access, self->vcpus[0], gpa);
+	event = userfault_read(self->fd);
+	assert_event(&event, self->vcpus[0], gpa);
+	waiter_assert_asleep(&access->waiter);
+
+	userfault_clear_bit(bitmap, 1);
+	userfault_resolve(self->fd, gpa, page_size, KVM_USERFAULT_WAKE_ONLY, 0);
+	finish(access);
+}
+
 userfault_test(async, mapping_stops_accesses)
 {
-	u8 *bitmap = userfault_map_bitmap(self->fd, AGENT_GPA);
-
 	resolve(self, 0, NR_PAGES);
-	__atomic_fetch_or(&bitmap[0], BIT(1), __ATOMIC_SEQ_CST);
+	test_mapping_stops_access(self, AGENT_GPA);
+}
 
-	start_nth(self, 0, 1, 1);
-	waiter_assert_asleep(&self->accesses[0].waiter);
-	userfault_clear_bit(bitmap, 1);
-	userfault_resolve(self->fd, AGENT_GPA, NR_PAGES * page_size,
-			  KVM_USERFAULT_WAKE_ONLY, 0);
-	finish(&self->accesses[0]);
+/* KVM sees the bits where no page has ever been armed, too. */
+userfault_test(async, mapping_stops_accesses_to_other_pages)
+{
+	gpa_t gpa = AGENT_GPA + chunk_size();
+
+	add_memory_at(self->vm, gpa, AGENT_SLOT + 1);
+	test_mapping_stops_access(self, gpa);
 }
 
 #define NR_RACES	500
@@ -1595,6 +1699,34 @@ userfault_test(async, no_file_is_needed)
 	assert_succeeded(self, 0);
 }
 
+/* Wherever the page is: @gpa is where there is no other memory. */
+static void test_access_waits_at(async_data *self, int vcpu, gpa_t gpa, u32 slot)
+{
+	struct kvm_access *access = &self->accesses[vcpu];
+	struct kvm_userfault_event event;
+
+	add_memory_at(self->vm, gpa, slot);
+	gpa += 2 * page_size;
+	vm_userfault_arm(self->vm, gpa, page_size);
+	kvm_access_start(access, self->vcpus[vcpu], gpa);
+	event = userfault_read(self->fd);
+	assert_event(&event, self->vcpus[vcpu], gpa);
+	waiter_assert_asleep(&access->waiter);
+
+	userfault_resolve(self->fd, gpa, page_size, 0, 0);
+	finish(access);
+}
+
+userfault_test(async, accesses_to_high_memory_wait)
+{
+	if (self->vm->max_gfn < (HIGH_GPA + 2 * chunk_size()) / self->vm->page_size)
+		SKIP(return, "A guest can't have memory at %#llx", HIGH_GPA);
+
+	test_access_waits_at(self, 0, HIGH_GPA - chunk_size(), AGENT_SLOT + 1);
+	test_access_waits_at(self, 1, HIGH_GPA, AGENT_SLOT + 2);
+	test_access_waits_at(self, 2, HIGH_GPA + chunk_size(), AGENT_SLOT + 3);
+}
+
 /* A file that comes later finds what has been waiting. */
 userfault_test(async, file_finds_older_records)
 {
@@ -1723,10 +1855,9 @@ static bool is_bus_error(u8 *address)
 /* No memory is allocated for pages that can't be armed any more, nor for no pages. */
 userfault_test(async, mapping_ends_with_userfault)
 {
-	u64 chunk = page_size * 8 * page_size;
 	u8 *used = userfault_map_bitmap(self->fd, AGENT_GPA);
-	u8 *mapped = userfault_map_bitmap(self->fd, AGENT_GPA + chunk);
-	u8 *unused = userfault_map_bitmap(self->fd, AGENT_GPA + 2 * chunk);
+	u8 *mapped = userfault_map_bitmap(self->fd, AGENT_GPA + chunk_size());
+	u8 *unused = userfault_map_bitmap(self->fd, AGENT_GPA + 2 * chunk_size());
 	u8 *outside = __kvm_mmap(page_size, PROT_READ, MAP_SHARED, self->fd, BIT_ULL(50));
 
 	TEST_ASSERT(!is_bus_error(used), "The bitmap is not there");
@@ -1741,7 +1872,7 @@ userfault_test(async, mapping_ends_with_userfault)
 }
 
 /* The file does not keep the VM, and the VM does not keep the file. */
-userfault_test(async, vm_goes_while_records_wait)
+userfault_test(async, file_does_not_keep_the_vm)
 {
 	kvm_close(self->fd);
 	self->fd = vm_create_userfault_fd(self->vm);
@@ -1884,6 +2015,46 @@ userfault_test(async, disabling_lets_accesses_go_on_at_once)
 
 	release_slots_lock(&holder);
 	waiter_join(&disabler);
+}
+
+static void enable_fn(void *arg)
+{
+	vm_userfault_enable_async(arg, 0);
+}
+
+static void start_asleep(struct waiter *waiter, void (*fn)(void *arg), void *arg)
+{
+	waiter_start(waiter, fn, arg);
+	waiter_assert_asleep(waiter);
+}
+
+/* What was enabled after it had begun is none of its business. */
+userfault_test(async, disabling_disables_what_was_enabled)
+{
+	struct waiter disablers[2], enabler;
+	struct holder holder;
+	int i;
+
+	if (!init_holder(&holder, self->vm))
+		SKIP(return, "There is no userfaultfd");
+
+	/* They get the lock in the order in which they have asked for it. */
+	hold_slots_lock(&holder);
+	start_asleep(&disablers[0], disable_fn, self->vm);
+	start_asleep(&enabler, enable_fn, self->vm);
+	start_asleep(&disablers[1], disable_fn, self->vm);
+	release_slots_lock(&holder);
+	waiter_join(&enabler);
+	for (i = 0; i < ARRAY_SIZE(disablers); i++)
+		waiter_join(&disablers[i]);
+	TEST_ASSERT(is_enabled(self->vm), "Userfault was disabled twice");
+
+	kvm_close(self->fd);
+	self->fd = vm_create_userfault_fd(self->vm);
+	vm_userfault_arm(self->vm, AGENT_GPA, page_size);
+	start_nth(self, 0, 0, 1);
+	resolve(self, 0, 1);
+	finish(&self->accesses[0]);
 }
 
 /*
@@ -2086,6 +2257,222 @@ userfault_test(crowd, readers_share_the_queue)
 }
 
 /*
+ * The queue comes and goes while accesses are on their way in: they have seen that
+ * their page is armed, but nobody can see them yet.
+ */
+
+#define STRESS_MS	4000
+
+enum stress_state {
+	STRESS_GO,
+	STRESS_PAUSE,
+	STRESS_STOP,
+};
+
+static enum stress_state stress_state;
+
+struct stress {
+	struct waiter waiter;
+	struct kvm_vcpu *vcpu;
+	u64 nr;
+};
+
+static void stress_fn(void *arg)
+{
+	struct stress *stress = arg;
+	enum stress_state state;
+	int error;
+
+	while ((state = READ_ONCE(stress_state)) != STRESS_STOP) {
+		if (state == STRESS_PAUSE) {
+			usleep(200);
+			continue;
+		}
+
+		error = kvm_access_perform(stress->vcpu, AGENT_GPA);
+		TEST_ASSERT(!error, "Access %lu failed, errno %d", stress->nr, error);
+		stress->nr++;
+	}
+}
+
+/*
+ * Whoever wakes up preempts an access at once, wherever that is.  That makes the most
+ * of it, but the test does without, too.
+ */
+static void try_realtime(void)
+{
+	struct sched_param param = { .sched_priority = 1 };
+
+	if (sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &param))
+		ksft_print_msg("No real-time priority, errno %d\n", errno);
+}
+
+/* Every access that is woken while its page is armed is on its way in again. */
+static void waker_fn(void *arg)
+{
+	int *fd = arg;
+
+	/* Until userfault is disabled. */
+	while (!__userfault_resolve(READ_ONCE(*fd), AGENT_GPA, page_size,
+				    KVM_USERFAULT_WAKE_ONLY, 0))
+		;
+	TEST_ASSERT_EQ(errno, ENODEV);
+}
+
+/* Let accesses go on while @round is called again and again. */
+static void stress_accesses(async_data *self, void (*round)(async_data *self))
+{
+	u64 end = userfault_now_ms() + STRESS_MS;
+	struct stress stress[NR_VCPUS];
+	u64 nr = 0;
+	int i;
+
+	resolve(self, 0, NR_PAGES);
+	kvm_close(self->fd);
+	self->fd = -1;
+	for (i = 0; i < NR_VCPUS; i++) {
+		stress[i].vcpu = self->vcpus[i];
+		stress[i].nr = 0;
+		waiter_start(&stress[i].waiter, stress_fn, &stress[i]);
+	}
+
+	try_realtime();
+	for (; userfault_now_ms() < end; nr++)
+		round(self);
+	WRITE_ONCE(stress_state, STRESS_STOP);
+	for (i = 0; i < NR_VCPUS; i++)
+		waiter_join(&stress[i].waiter);
+
+	ksft_print_msg("%lu rounds\n", nr);
+}
+
+/* Arm the page, and let some accesses find that, and others be about to. */
+static void arm_for_a_while(async_data *self, int fd)
+{
+	vm_userfault_arm(self->vm, AGENT_GPA, page_size);
+	usleep(random() % 200);
+	userfault_resolve(fd, AGENT_GPA, page_size, KVM_USERFAULT_WAKE_ONLY, 0);
+	usleep(random() % 200);
+}
+
+static void close_round(async_data *self)
+{
+	int fd = vm_create_userfault_fd(self->vm);
+
+	arm_for_a_while(self, fd);
+	userfault_resolve(fd, AGENT_GPA, page_size, KVM_USERFAULT_CLEAR_ONLY, 0);
+	kvm_close(fd);
+}
+
+/* The last pager is gone, but not without having done its work. */
+userfault_test(async, closing_races_with_accesses)
+{
+	stress_accesses(self, close_round);
+}
+
+/* Grace periods are longer the more there is to do, and this waits for many. */
+static void disable_round(async_data *self)
+{
+	struct waiter waker;
+	int fd;
+
+	vm_userfault_disable(self->vm);
+	vm_userfault_enable_async(self->vm, 0);
+	fd = vm_create_userfault_fd(self->vm);
+	vm_userfault_arm(self->vm, AGENT_GPA, page_size);
+	WRITE_ONCE(stress_state, STRESS_GO);
+	waiter_start(&waker, waker_fn, &fd);
+	usleep(1000 + random() % 1000);
+	WRITE_ONCE(stress_state, STRESS_PAUSE);
+	vm_userfault_disable(self->vm);
+	waiter_join(&waker);
+	kvm_close(fd);
+}
+
+userfault_test(async, disabling_races_with_accesses)
+{
+	stress_accesses(self, disable_round);
+}
+
+/* As do the pages of the bitmap, by mappings of it and by the attribute. */
+#define NR_CHUNKS	1024
+#define NR_POPULATORS	2
+
+struct populator {
+	struct waiter waiter;
+	int error;
+	int fd;
+};
+
+static void populator_fn(void *arg)
+{
+	struct populator *populator = arg;
+	u64 size = NR_CHUNKS * page_size;
+	void *mem = __kvm_mmap(size, PROT_READ | PROT_WRITE, MAP_SHARED, populator->fd, 0);
+
+	populator->error = madvise(mem, size, MADV_POPULATE_READ) ? errno : 0;
+	kvm_munmap(mem, size);
+}
+
+static void start_populators(struct populator *populators, int fd)
+{
+	int i;
+
+	for (i = 0; i < NR_POPULATORS; i++) {
+		populators[i].fd = fd;
+		waiter_start(&populators[i].waiter, populator_fn, &populators[i]);
+	}
+}
+
+static void begin_with_no_chunk(async_data *self)
+{
+	kvm_close(self->fd);
+	vm_userfault_disable(self->vm);
+	vm_userfault_enable_async(self->vm, 0);
+	self->fd = vm_create_userfault_fd(self->vm);
+	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_bitmap_pages), 0);
+}
+
+userfault_test(async, chunks_are_added_once)
+{
+	struct populator populators[NR_POPULATORS];
+	int i, j;
+
+	for (i = 0; i < 8; i++) {
+		begin_with_no_chunk(self);
+		start_populators(populators, self->fd);
+		vm_userfault_arm(self->vm, 0, NR_CHUNKS * chunk_size());
+		for (j = 0; j < NR_POPULATORS; j++) {
+			waiter_join(&populators[j].waiter);
+			TEST_ASSERT_EQ(populators[j].error, 0);
+		}
+		TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_bitmap_pages), NR_CHUNKS);
+	}
+}
+
+/* Those that come too late find no bitmap any more, which is a bus error. */
+userfault_test(async, disabling_races_with_mappings)
+{
+	struct populator populators[NR_POPULATORS];
+	int i, j, nr = 0;
+
+	try_realtime();
+	for (i = 0; i < 20; i++) {
+		begin_with_no_chunk(self);
+		start_populators(populators, self->fd);
+		userfault_wait_until(vm_get_stat(self->vm, userfault_bitmap_pages) > i);
+		vm_userfault_disable(self->vm);
+		for (j = 0; j < NR_POPULATORS; j++) {
+			waiter_join(&populators[j].waiter);
+			TEST_ASSERT(!populators[j].error || populators[j].error == EFAULT,
+				    "errno %d", populators[j].error);
+			nr += !!populators[j].error;
+		}
+	}
+	ksft_print_msg("%d mappings of %d came too late\n", nr, i * j);
+}
+
+/*
  * KVM_USERFAULT_ASYNC_VCPU: faults of vCPUs wait as well.
  */
 
@@ -2094,6 +2481,8 @@ userfault_test(crowd, readers_share_the_queue)
 struct runner {
 	struct waiter waiter;
 	struct kvm_vcpu *vcpu;
+	/* After KVM_RUN. */
+	sigset_t blocked;
 	int error;
 	int ret;
 };
@@ -2139,6 +2528,7 @@ static void runner_fn(void *arg)
 
 	runner->ret = __vcpu_run(runner->vcpu);
 	runner->error = errno;
+	TEST_ASSERT(!pthread_sigmask(SIG_BLOCK, NULL, &runner->blocked), "pthread_sigmask()");
 }
 
 /* Run a vCPU that does nothing more than wait for a page. */
@@ -2306,6 +2696,32 @@ userfault_test(async_vcpu, immediate_exit_ends_the_wait)
 	assert_run_done(runner);
 }
 
+/* Set while the vCPU runs, it is found by the fault, before that gets in line. */
+userfault_test(async_vcpu, immediate_exit_comes_before_the_wait)
+{
+	struct runner *runner = &self->runners[0];
+	struct kvm_vcpu *vcpu = runner->vcpu;
+	u64 *word = self->hva;
+
+	fill_and_resolve(self, AGENT_GPA);
+	agent_request(vcpu, AGENT_SPIN, AGENT_GPA, agent_page_content(AGENT_GPA));
+	waiter_start(&runner->waiter, runner_fn, runner);
+	userfault_wait_until(agent_is_spinning(vcpu));
+
+	WRITE_ONCE(vcpu->run->immediate_exit, 1);
+	vm_userfault_arm(self->vm, AGENT_GPA, page_size);
+	assert_run_failed(runner, EINTR, KVM_EXIT_INTR);
+	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_records), 0);
+	TEST_ASSERT_EQ(vcpu_get_stat(vcpu, userfault_waits), 0);
+
+	vcpu->run->immediate_exit = 0;
+	start_runner(runner, self->fd, 1);
+	WRITE_ONCE(*word, 0x600d);
+	userfault_resolve(self->fd, AGENT_GPA, page_size, 0, 0);
+	assert_run_done(runner);
+	TEST_ASSERT_EQ(agent_result(vcpu), 0x600d);
+}
+
 /* Signals that are blocked but for KVM_RUN end the wait as well. */
 userfault_test(async_vcpu, signal_mask_applies)
 {
@@ -2324,6 +2740,7 @@ userfault_test(async_vcpu, signal_mask_applies)
 	agent_request(runner->vcpu, AGENT_READ, AGENT_GPA, 0);
 	start_runner(runner, self->fd, 1);
 	interrupt_runner(runner);
+	TEST_ASSERT(sigismember(&runner->blocked, SIGUSR1), "The thread lost its signal mask");
 	fill_and_resolve(self, AGENT_GPA);
 	TEST_ASSERT_EQ(agent_finish(runner->vcpu), agent_page_content(AGENT_GPA));
 }
@@ -2386,7 +2803,6 @@ userfault_test(async_vcpu, disabling_lets_vcpus_go_on)
 	}
 	vm_userfault_disable(self->vm);
 
-	/* A vCPU that was just about to get in line may exit. */
 	for (i = 0; i < NR_RUNNERS; i++) {
 		assert_run_done(&self->runners[i]);
 		TEST_ASSERT_EQ(agent_do(self->vcpus[i], AGENT_CHECK, AGENT_GPA, NR_PAGES), 0);

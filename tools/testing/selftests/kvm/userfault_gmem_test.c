@@ -425,6 +425,69 @@ userfault_test(gmem, hwpoisoned_page)
 	assert_guest_reads(self, 1, agent_page_content(page_gpa(1)));
 }
 
+#define TOGGLE_MSECS	3000
+
+struct sweeper {
+	struct kvm_vcpu *vcpu;
+	struct waiter waiter;
+	bool stop;
+};
+
+/* Whatever is in the pages: that they are looked at allocates them. */
+static void sweep_fn(void *arg)
+{
+	struct sweeper *sweeper = arg;
+	enum agent_exit exit;
+
+	while (!READ_ONCE(sweeper->stop)) {
+		agent_request(sweeper->vcpu, AGENT_CHECK, AGENT_GPA, GMEM_PAGES);
+		while ((exit = agent_run(sweeper->vcpu)) == AGENT_USERFAULT)
+			usleep(200);
+		TEST_ASSERT_EQ(exit, AGENT_DONE);
+	}
+}
+
+/* vCPUs allocate pages, which are armed and removed meanwhile. */
+static void toggle(gmem_data *self, useconds_t delay)
+{
+	u64 i;
+
+	punch(self, 0, GMEM_PAGES);
+	usleep(delay);
+	vm_userfault_enable(self->vm);
+	arm(self, 0, GMEM_PAGES);
+	punch(self, 0, GMEM_PAGES);
+
+	usleep(500);
+	for (i = 0; i < GMEM_PAGES; i++)
+		assert_in_file(self, i, false);
+	vm_userfault_disable(self->vm);
+}
+
+/* A fault that was on its way before userfault was enabled allocates nothing after. */
+userfault_test(gmem, enabling_while_vcpus_fault)
+{
+	struct kvm_random_state rng = new_kvm_random_state(1);
+	u64 end = userfault_now_ms() + TOGGLE_MSECS, nr = 0;
+	struct sweeper sweepers[NR_VCPUS] = {};
+	int i;
+
+	vm_userfault_disable(self->vm);
+	for (i = 0; i < NR_VCPUS; i++) {
+		sweepers[i].vcpu = self->vcpus[i];
+		waiter_start(&sweepers[i].waiter, sweep_fn, &sweepers[i]);
+	}
+
+	for (; userfault_now_ms() < end; nr++)
+		toggle(self, kvm_random_u32(&rng) % 1000);
+
+	for (i = 0; i < NR_VCPUS; i++) {
+		WRITE_ONCE(sweepers[i].stop, true);
+		waiter_join(&sweepers[i].waiter);
+	}
+	pr_info("# %lu times off and on\n", nr);
+}
+
 /*
  * Everything at once.  vCPUs read all pages, over and over, and must see nothing
  * but their content.  Meanwhile pages are armed, and then spoilt or removed, and

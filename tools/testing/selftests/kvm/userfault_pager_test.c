@@ -490,32 +490,49 @@ static int clone_run_fn(void *arg)
 	_exit(0);
 }
 
+struct thread {
+	void *stack;
+	pid_t pid;
+};
+
+static void thread_start(struct thread *thread, int (*fn)(void *arg), void *arg)
+{
+	thread->stack = kvm_mmap(STACK_SIZE, PROT_READ | PROT_WRITE,
+				 MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	thread->pid = clone(fn, thread->stack + STACK_SIZE, CLONE_VM | SIGCHLD, arg);
+	TEST_ASSERT(thread->pid > 0, "clone() failed, errno %d", errno);
+}
+
+static void thread_kill(struct thread *thread)
+{
+	pid_t pid = thread->pid;
+	int status;
+
+	TEST_ASSERT(!kill(pid, SIGKILL), "errno %d", errno);
+	userfault_wait_until(waitpid(pid, &status, WNOHANG) == pid);
+	TEST_ASSERT(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL, "Status %#x", status);
+	kvm_munmap(thread->stack, STACK_SIZE);
+}
+
 static void test_thread(struct vm_state *state, int (*fn)(void *arg), void *arg,
 			bool read_record)
 {
-	void *stack = kvm_mmap(STACK_SIZE, PROT_READ | PROT_WRITE,
-			       MAP_PRIVATE | MAP_ANONYMOUS, -1);
 	int fd = vm_create_userfault_fd(state->vm);
 	struct userfault_counts counts;
-	int status;
-	pid_t pid;
+	struct thread thread;
 
 	/* Another access to the same page, which must not be touched by this. */
 	kvm_access_start(&state->accesses[2], state->vcpus[2], AGENT_GPA);
 	userfault_wait_for_waiters(fd, 1);
 
-	pid = clone(fn, stack + STACK_SIZE, CLONE_VM | SIGCHLD, arg);
-	TEST_ASSERT(pid > 0, "clone() failed, errno %d", errno);
+	thread_start(&thread, fn, arg);
 	userfault_wait_for_waiters(fd, 2);
 	if (read_record) {
 		userfault_read(fd);
 		userfault_read(fd);
 	}
-	userfault_wait_until(strchr("SD", task_state(pid, pid)));
-
-	TEST_ASSERT(!kill(pid, SIGKILL), "errno %d", errno);
-	userfault_wait_until(waitpid(pid, &status, WNOHANG) == pid);
-	TEST_ASSERT(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL, "Status %#x", status);
+	userfault_wait_until(task_is_asleep(thread.pid, thread.pid));
+	thread_kill(&thread);
 
 	/* It took its record along. */
 	counts = userfault_get_counts(fd);
@@ -528,7 +545,6 @@ static void test_thread(struct vm_state *state, int (*fn)(void *arg), void *arg,
 	userfault_resolve(fd, AGENT_GPA, page_size, 0, 0);
 	waiter_join(&state->accesses[2].waiter);
 	kvm_close(fd);
-	kvm_munmap(stack, STACK_SIZE);
 	kvm_vm_free(state->vm);
 }
 
@@ -556,6 +572,39 @@ userfault_test(pager, thread_killed_in_kvm_run)
 		agent_request(state.vcpus[0], AGENT_READ, AGENT_GPA, 0);
 		test_thread(&state, clone_run_fn, state.vcpus[0], i);
 	}
+}
+
+/* Enough pages of the bitmap that it takes a while to allocate them. */
+static u64 nr_chunks_to_arm(void)
+{
+	return SZ_128M / page_size;
+}
+
+static int clone_arm_fn(void *arg)
+{
+	u64 chunk_size = 8 * page_size * page_size;
+
+	__vm_change_attributes(arg, 0, nr_chunks_to_arm() * chunk_size,
+			       KVM_MEMORY_ATTRIBUTE_USERFAULT, KVM_MEMORY_ATTRIBUTES_SET);
+	_exit(0);
+}
+
+/* It does not go on to the end of what it has begun. */
+userfault_test(pager, thread_killed_while_it_arms)
+{
+	struct vm_state state;
+	struct thread thread;
+	u64 nr;
+
+	create_vm(&state);
+	nr = vm_get_stat(state.vm, userfault_bitmap_pages);
+	thread_start(&thread, clone_arm_fn, state.vm);
+	userfault_wait_until(vm_get_stat(state.vm, userfault_bitmap_pages) > nr + 1);
+	thread_kill(&thread);
+
+	nr = vm_get_stat(state.vm, userfault_bitmap_pages);
+	TEST_ASSERT(nr < nr_chunks_to_arm(), "It has allocated all of %lu pages", nr);
+	kvm_vm_free(state.vm);
 }
 
 int main(int argc, char *argv[])

@@ -619,7 +619,7 @@ static u64 wake_uffd(void)
 	return now() - start;
 }
 
-/* Each page is an operation, of which the median tells. */
+/* Each page is an operation: report what one costs on average, for each round. */
 static void wake_rounds(u64 (*wake)(void))
 {
 	u64 nr = pages_per_vcpu(), cost, sum;

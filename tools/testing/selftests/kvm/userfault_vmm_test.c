@@ -443,6 +443,8 @@ int main(int argc, char *argv[])
 	TEST_REQUIRE(kvm_has_cap(KVM_CAP_USERFAULT));
 	TEST_REQUIRE(kvm_has_guest_memfd_flags(MAPPABLE_GUEST_MEMFD_FLAGS |
 					       GUEST_MEMFD_FLAG_WRITE));
+	TEST_REQUIRE(has_uffd(UFFD_FEATURE_MISSING_GUEST_MEMFD |
+			      UFFD_FEATURE_MINOR_GUEST_MEMFD));
 
 	return test_harness_run(argc, argv);
 }

@@ -74,10 +74,19 @@ static void arm(paths_data *self, struct armed_page *page, gpa_t gpa)
 	armed_page_init(page, self->vm, gpa);
 }
 
+static void finish_fn(void *arg);
+
+/* Only KVM_RUN accesses memory for a vCPU: other ioctls of it do not load the vCPU. */
+static u32 expected_vcpu_id(paths_data *self, const struct waiter *waiter)
+{
+	return waiter->fn == finish_fn ? self->vcpu->id : ~0u;
+}
+
 static void expect_access(paths_data *self, struct waiter *waiter,
 			  const struct armed_page *page, u64 flags)
 {
-	armed_page_expect_access(page, self->fd, waiter, flags, 0);
+	armed_page_expect_access(page, self->fd, waiter, flags,
+				 expected_vcpu_id(self, waiter), 0);
 }
 
 /* Do what needs the page, and only one page, once. */

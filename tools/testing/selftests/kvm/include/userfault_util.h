@@ -19,8 +19,11 @@
 #include "kvm_util.h"
 #include "test_util.h"
 
-/* The kernels that run this with every debug option on are slow. */
-#define TEST_TIMEOUT_SECS	120
+/*
+ * The kernels that run this with every debug option on are slow.  It is less than what
+ * the settings grant the whole program, so that a test which hangs is named.
+ */
+#define TEST_TIMEOUT_SECS	60
 
 #define userfault_test(fixture, name) \
 	TEST_F_TIMEOUT(fixture, name, TEST_TIMEOUT_SECS)
@@ -188,6 +191,11 @@ static inline bool userfault_test_bit(u8 *bitmap, u64 page)
 	return __atomic_load_n(&bitmap[page / 8], __ATOMIC_ACQUIRE) & BIT(page % 8);
 }
 
+static inline void userfault_set_bit(u8 *bitmap, u64 page)
+{
+	__atomic_fetch_or(&bitmap[page / 8], BIT(page % 8), __ATOMIC_SEQ_CST);
+}
+
 static inline void userfault_clear_bit(u8 *bitmap, u64 page)
 {
 	__atomic_fetch_and(&bitmap[page / 8], ~BIT(page % 8), __ATOMIC_RELEASE);
@@ -241,6 +249,7 @@ void waiter_wait_asleep(struct waiter *waiter);
 void waiter_assert_asleep(struct waiter *waiter);
 void waiter_join(struct waiter *waiter);
 char task_state(pid_t pid, pid_t tid);
+bool task_is_asleep(pid_t pid, pid_t tid);
 
 /* Wait for another process to get to where it tells. */
 void tell(int sock);
@@ -260,7 +269,7 @@ void armed_page_init(struct armed_page *page, struct kvm_vm *vm, gpa_t gpa);
 void armed_page_assert_untouched(const struct armed_page *page);
 void armed_page_fill(const struct armed_page *page, int fd);
 void armed_page_expect_access(const struct armed_page *page, int fd,
-			      struct waiter *waiter, u64 flags, u32 as_id);
+			      struct waiter *waiter, u64 flags, u32 vcpu_id, u32 as_id);
 
 /*
  * An access to guest memory that KVM does by itself: a read of the page of @gpa
@@ -273,7 +282,8 @@ struct kvm_access {
 };
 
 struct kvm_vm *kvm_access_create_vm(u32 nr_vcpus, struct kvm_vcpu *vcpus[]);
-void kvm_access_perform(struct kvm_vcpu *vcpu, gpa_t gpa);
+/* Returns the error with which it failed, or 0. */
+int kvm_access_perform(struct kvm_vcpu *vcpu, gpa_t gpa);
 void kvm_access_start(struct kvm_access *access, struct kvm_vcpu *vcpu, gpa_t gpa);
 bool kvm_access_has_failed(void *hva);
 

@@ -610,16 +610,18 @@ char task_state(pid_t pid, pid_t tid)
 	return state;
 }
 
+bool task_is_asleep(pid_t pid, pid_t tid)
+{
+	char state = task_state(pid, tid);
+
+	return state == 'S' || state == 'D';
+}
+
 static bool waiter_is_asleep(struct waiter *waiter)
 {
 	pid_t tid = READ_ONCE(waiter->tid);
-	char state;
 
-	if (!tid)
-		return false;
-
-	state = task_state(getpid(), tid);
-	return state == 'S' || state == 'D';
+	return tid && task_is_asleep(getpid(), tid);
 }
 
 /* For a waiter that is in line, as is seen by its record: it goes nowhere any more. */
@@ -691,15 +693,22 @@ void armed_page_fill(const struct armed_page *page, int fd)
 	userfault_resolve(fd, page->gpa, getpagesize(), 0, 0);
 }
 
-/* The next access that waits, in @waiter, must be one to the page, which is filled. */
+/*
+ * The next access that waits, in @waiter, must be one to the page, which is filled.
+ * @vcpu_id is ~0 if it is for no vCPU.
+ */
 void armed_page_expect_access(const struct armed_page *page, int fd,
-			      struct waiter *waiter, u64 flags, u32 as_id)
+			      struct waiter *waiter, u64 flags, u32 vcpu_id, u32 as_id)
 {
 	struct kvm_userfault_event event = userfault_read(fd);
 
 	TEST_ASSERT_EQ(event.gpa, page->gpa);
+	TEST_ASSERT_EQ(event.size, getpagesize());
 	TEST_ASSERT_EQ(event.flags, flags);
+	TEST_ASSERT_EQ(event.vcpu_id, vcpu_id);
 	TEST_ASSERT_EQ(event.as_id, as_id);
+	TEST_ASSERT(!event.reserved[0] && !event.reserved[1] && !event.reserved[2],
+		    "Spare words are not zero");
 	waiter_assert_asleep(waiter);
 	armed_page_fill(page, fd);
 }
@@ -717,12 +726,13 @@ struct kvm_vm *kvm_access_create_vm(u32 nr_vcpus, struct kvm_vcpu *vcpus[])
 	return vm;
 }
 
-void kvm_access_perform(struct kvm_vcpu *vcpu, gpa_t gpa)
+int kvm_access_perform(struct kvm_vcpu *vcpu, gpa_t gpa)
 {
 	int ret = _vcpu_set_msr(vcpu, MSR_KVM_WALL_CLOCK_NEW, gpa);
 
 	TEST_ASSERT(ret == 1 || errno == EFAULT || errno == EHWPOISON,
 		    KVM_IOCTL_ERROR(KVM_SET_MSRS, ret));
+	return ret == 1 ? 0 : errno;
 }
 
 /* What was zero before is the version of the clock now. */
@@ -742,12 +752,12 @@ struct kvm_vm *kvm_access_create_vm(u32 nr_vcpus, struct kvm_vcpu *vcpus[])
 	return agent_create_vm(VM_SHAPE_DEFAULT, nr_vcpus, vcpus);
 }
 
-void kvm_access_perform(struct kvm_vcpu *vcpu, gpa_t gpa)
+int kvm_access_perform(struct kvm_vcpu *vcpu, gpa_t gpa)
 {
 	struct ucall uc;
 	void *hva = addr_gpa2hva(vcpu->vm, gpa);
 	u64 ipa = gpa;
-	int ret;
+	int ret, error;
 
 	WRITE_ONCE(kvm_access_succeeded[vcpu->id], NULL);
 
@@ -761,16 +771,18 @@ void kvm_access_perform(struct kvm_vcpu *vcpu, gpa_t gpa)
 
 	ret = _vcpu_run(vcpu);
 	if (ret) {
-		TEST_ASSERT(errno == EFAULT || errno == EHWPOISON,
+		error = errno;
+		TEST_ASSERT(error == EFAULT || error == EHWPOISON,
 			    KVM_IOCTL_ERROR(KVM_RUN, ret));
 		vcpu_assert_userfault(vcpu, gpa,
 				      USERFAULT_READ | KVM_MEMORY_EXIT_FLAG_FAILED);
-		return;
+		return error;
 	}
 
 	TEST_ASSERT_EQ(get_ucall(vcpu, &uc), UCALL_SYNC);
 	TEST_ASSERT(!agent_is_busy(vcpu), "The guest did not run");
 	WRITE_ONCE(kvm_access_succeeded[vcpu->id], hva);
+	return 0;
 }
 
 bool kvm_access_has_failed(void *hva)

@@ -27,6 +27,7 @@
 #include "test_util.h"
 #include "ucall_common.h"
 #include "userfault_util.h"
+#include "userfaultfd_util.h"
 
 #define TEST_PORT		0x80
 #define MMIO_GPA		0xd0000000
@@ -68,11 +69,22 @@ static void fill(paths_data *self, const struct armed_page *page)
 	armed_page_fill(page, self->fd);
 }
 
+/* Ioctls of the VM are for no vCPU. */
+static void set_shared_info_fn(void *arg);
+static void send_xen_event_fn(void *arg);
+
+static u32 expected_vcpu_id(paths_data *self, const struct waiter *waiter)
+{
+	return waiter->fn == set_shared_info_fn || waiter->fn == send_xen_event_fn ?
+	       ~0u : self->vcpu->id;
+}
+
 /* The next access that waits, in @waiter, must be one to the page, which is filled. */
 static void expect_access(paths_data *self, struct waiter *waiter,
 			  const struct armed_page *page, u64 flags, u32 as_id)
 {
-	armed_page_expect_access(page, self->fd, waiter, flags, as_id);
+	armed_page_expect_access(page, self->fd, waiter, flags,
+				 expected_vcpu_id(self, waiter), as_id);
 }
 
 /*
@@ -138,6 +150,27 @@ static void finish_fn(void *arg)
 
 	TEST_ASSERT_KVM_EXIT_REASON(vcpu, KVM_EXIT_IO);
 	TEST_ASSERT_EQ(get_ucall(vcpu, &uc), UCALL_SYNC);
+}
+
+struct run {
+	struct kvm_vcpu *vcpu;
+	int error;
+	int ret;
+};
+
+static void run_fn(void *arg)
+{
+	struct run *run = arg;
+
+	run->ret = _vcpu_run(run->vcpu);
+	run->error = errno;
+}
+
+static void assert_failed(struct kvm_vcpu *vcpu, int ret, int error, gpa_t gpa, u64 flags)
+{
+	if (ret != -1 || errno != error)
+		vcpu_fail_run(vcpu, ret, "that KVM_RUN fails");
+	vcpu_assert_userfault(vcpu, gpa, flags);
 }
 
 /*
@@ -662,6 +695,77 @@ userfault_test(paths, async_page_fault_data)
 	TEST_ASSERT_EQ(*token, ~0u);
 }
 
+/* With interrupts, without which KVM waits itself. */
+static u64 guest_read_with_interrupts(u64 addr)
+{
+	u64 val;
+
+	sti_nop();
+	val = READ_ONCE(*(u64 *)addr);
+	cli();
+	return val;
+}
+
+/* A page that isn't there, and that KVM has to wait for. */
+static int uffd_create_hole(void *hva)
+{
+	int uffd = uffd_open(0);
+
+	kvm_madvise(hva, PAGE_SIZE, MADV_DONTNEED);
+	uffd_register(uffd, hva, PAGE_SIZE, UFFDIO_REGISTER_MODE_MISSING);
+	return uffd;
+}
+
+static void uffd_fill_hole(int uffd, void *hva, u64 val)
+{
+	u64 src[PAGE_SIZE / sizeof(u64)] = { val };
+
+	TEST_ASSERT_EQ(__uffd_copy(uffd, hva, src, PAGE_SIZE, 0), PAGE_SIZE);
+}
+
+/*
+ * The vCPU is halted until page 1 is there.  Then KVM maps it in advance, or finds that
+ * it can't, because the page at @gpa is armed: this is not an access that could wait, or
+ * could fail.  The guest's access is one, which exits.
+ */
+static void test_async_page_fault(paths_data *self, gpa_t gpa)
+{
+	struct run run = { .vcpu = self->vcpu };
+	void *hva = self->hva + PAGE_SIZE;
+	struct waiter waiter;
+	int uffd;
+
+	warm_up(self);
+	uffd = uffd_create_hole(hva);
+	request_call(self, guest_read_with_interrupts, page_gpa(1));
+	waiter_start(&waiter, run_fn, &run);
+	userfault_wait_until(vcpu_get_stat(self->vcpu, blocking));
+	vm_userfault_arm(self->vm, gpa, PAGE_SIZE);
+	uffd_fill_hole(uffd, hva, 77);
+	waiter_join(&waiter);
+
+	errno = run.error;
+	assert_failed(self->vcpu, run.ret, EFAULT, gpa, USERFAULT_READ);
+	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_records), 0);
+	userfault_resolve(self->fd, gpa, PAGE_SIZE, 0, 0);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), 77);
+	kvm_close(uffd);
+}
+
+userfault_test(paths, async_page_fault)
+{
+	test_async_page_fault(self, page_gpa(1));
+}
+
+/* Mapping it takes a walk of page tables, which is not one that the guest does. */
+userfault_test(paths, async_page_fault_and_its_page_table)
+{
+	if (kvm_is_tdp_enabled())
+		SKIP(return, "KVM does not see page faults of the guest");
+
+	test_async_page_fault(self, last_level_table(self, AGENT_GPA));
+}
+
 #define IRQ_VECTOR		0x51
 
 static bool guest_saw_irq;
@@ -1079,16 +1183,31 @@ userfault_test(paths, xen_runstate_when_preempted)
 	assert_runstate(self->hva + 3 * PAGE_SIZE + 8);
 }
 
-static void send_xen_event_fn(void *arg)
+static int __send_xen_event(struct kvm_vcpu *vcpu)
 {
-	struct kvm_vcpu *vcpu = arg;
 	struct kvm_irq_routing_xen_evtchn evtchn = {
 		.port = XEN_PORT,
 		.vcpu = vcpu->id,
 		.priority = KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL,
 	};
 
-	vm_ioctl(vcpu->vm, KVM_XEN_HVM_EVTCHN_SEND, &evtchn);
+	return __vm_ioctl(vcpu->vm, KVM_XEN_HVM_EVTCHN_SEND, &evtchn);
+}
+
+static void send_xen_event_fn(void *arg)
+{
+	struct kvm_vcpu *vcpu = arg;
+	int ret = __send_xen_event(vcpu);
+
+	TEST_ASSERT_VM_VCPU_IOCTL(!ret, KVM_XEN_HVM_EVTCHN_SEND, ret, vcpu->vm);
+}
+
+static void fail_to_send_xen_event_fn(void *arg)
+{
+	int ret = __send_xen_event(arg);
+
+	TEST_ASSERT(ret == -1 && errno == EINVAL,
+		    KVM_IOCTL_ERROR(KVM_XEN_HVM_EVTCHN_SEND, ret));
 }
 
 userfault_test(paths, xen_event_from_userspace)
@@ -1098,6 +1217,24 @@ userfault_test(paths, xen_event_from_userspace)
 
 	expect_wait(self, XEN_SHARED_INFO, USERFAULT_WRITE, send_xen_event_fn, self->vcpu);
 	TEST_ASSERT(is_xen_event_pending(self), "The event was lost");
+}
+
+/* There is no page to wait for, although KVM still knows which one it was. */
+userfault_test(paths, xen_event_without_shared_info)
+{
+	struct waiter waiter;
+
+	if (!enable_xen_events(self))
+		SKIP(return, "There is no Xen emulation");
+
+	xen_set_vm_attr(self, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO,
+		.u.shared_info.gfn = KVM_XEN_INVALID_GFN,
+	});
+	vm_userfault_arm(self->vm, XEN_SHARED_INFO, PAGE_SIZE);
+	waiter_start(&waiter, fail_to_send_xen_event_fn, self->vcpu);
+	waiter_join(&waiter);
+	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_records), 0);
 }
 
 /* The vCPU has to write it, whoever it comes from. */
@@ -1138,6 +1275,48 @@ userfault_test(paths, xen_timer)
 	expect_access(self, &waiter, &page, USERFAULT_WRITE, 0);
 	stop_spinning(self, &waiter);
 	TEST_ASSERT(is_xen_event_pending(self), "The event was lost");
+}
+
+static bool enable_xen_events_by_hva(paths_data *self)
+{
+	struct kvm_xen_vcpu_attr vcpu_info = {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO_HVA,
+		.u.hva = (unsigned long)self->hva + 2 * PAGE_SIZE,
+	};
+
+	if (!(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_SHARED_INFO_HVA) ||
+	    !enable_xen(self))
+		return false;
+
+	xen_set_vm_attr(self, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO_HVA,
+		.u.shared_info.hva = (unsigned long)self->hva + PAGE_SIZE,
+	});
+	vcpu_ioctl(self->vcpu, KVM_XEN_VCPU_SET_ATTR, &vcpu_info);
+	warm_up(self);
+	return true;
+}
+
+/*
+ * Memory that KVM knows by its hva is that of the VMM: that a memslot has it, too, is
+ * of no importance.  Without the pages, KVM has to look them up again.
+ */
+userfault_test(paths, xen_event_by_hva_is_exempt)
+{
+	struct waiter waiter;
+
+	if (!enable_xen_events_by_hva(self))
+		SKIP(return, "There is no Xen emulation that uses an hva");
+
+	vm_userfault_arm(self->vm, XEN_SHARED_INFO, 2 * PAGE_SIZE);
+	kvm_madvise(self->hva + PAGE_SIZE, 2 * PAGE_SIZE, MADV_DONTNEED);
+	waiter_start(&waiter, send_xen_event_fn, self->vcpu);
+	waiter_join(&waiter);
+	request_call(self, guest_nothing, 0);
+	waiter_start(&waiter, finish_fn, self->vcpu);
+	waiter_join(&waiter);
+	TEST_ASSERT(is_xen_event_pending(self), "The event was lost");
+	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_records), 0);
 }
 
 static void add_xen_irqfds(paths_data *self, int *fds, int nr)
@@ -1224,6 +1403,121 @@ userfault_test(paths, xen_event_from_an_irqfd_while_running)
 	userfault_wait_until(is_xen_event_pending(self));
 	stop_spinning(self, &waiter);
 	kvm_close(fd);
+}
+
+static void get_xen_vcpu_attr_fn(void *arg)
+{
+	struct kvm_xen_vcpu_attr attr = { .type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO };
+
+	vcpu_ioctl((struct kvm_vcpu *)arg, KVM_XEN_VCPU_GET_ATTR, &attr);
+	TEST_ASSERT_EQ(attr.u.gpa, XEN_VCPU_INFO);
+}
+
+/* The irqfd goes once its worker is done, i.e. has left the event to the vCPU. */
+static void defer_xen_event(paths_data *self, struct armed_page *page)
+{
+	int fd;
+
+	add_xen_irqfds(self, &fd, 1);
+	arm(self, page, XEN_SHARED_INFO);
+	eventfd_write(fd, 1);
+	kvm_deassign_irqfd(self->vm, XEN_GSI, fd);
+	kvm_close(fd);
+	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_records), 0);
+}
+
+/* Who saves the state of a vCPU that does not run any more saves the event, too. */
+userfault_test(paths, xen_event_from_an_irqfd_when_state_is_saved)
+{
+	struct armed_page page;
+	struct waiter waiter;
+
+	if (!enable_xen_events(self))
+		SKIP(return, "There is no Xen emulation");
+
+	defer_xen_event(self, &page);
+	fill(self, &page);
+	TEST_ASSERT(!is_xen_event_pending(self), "The event was not deferred");
+	get_xen_vcpu_attr_fn(self->vcpu);
+	TEST_ASSERT(is_xen_event_pending(self), "The event was lost");
+
+	/* With the page still armed, that waits. */
+	memset(self->hva + PAGE_SIZE, 0, 2 * PAGE_SIZE);
+	defer_xen_event(self, &page);
+	waiter_start(&waiter, get_xen_vcpu_attr_fn, self->vcpu);
+	expect_access(self, &waiter, &page, USERFAULT_WRITE, 0);
+	waiter_join(&waiter);
+	TEST_ASSERT(is_xen_event_pending(self), "The event was lost");
+}
+
+static u64 guest_upcall_pending(u64 arg)
+{
+	return READ_ONCE(*(u8 *)XEN_VCPU_INFO);
+}
+
+static bool guest_sees_xen_event(paths_data *self)
+{
+	request_call(self, guest_upcall_pending, 0);
+	finish_fn(self->vcpu);
+	return agent_result(self->vcpu);
+}
+
+/* The guest doesn't run before it is there, even if there is no exit in between. */
+userfault_test(paths, xen_event_from_an_irqfd_before_running)
+{
+	struct armed_page page;
+
+	if (!enable_xen_events(self))
+		SKIP(return, "There is no Xen emulation");
+
+	/* All that the guest needs to look for it is mapped. */
+	TEST_ASSERT(!guest_sees_xen_event(self), "There was no event");
+	defer_xen_event(self, &page);
+	fill(self, &page);
+	TEST_ASSERT(guest_sees_xen_event(self), "The event came late");
+	TEST_ASSERT(is_xen_event_pending(self), "The event was lost");
+}
+
+#define NR_XEN_PORTS		8
+#define XEN_EVENTS_MSECS	2000
+
+/* All of the ports are in one word. */
+static bool take_xen_events(paths_data *self)
+{
+	u64 *pending = self->hva + PAGE_SIZE + 0x800 + XEN_PORT / 64 * 8;
+	u64 ports = GENMASK_ULL(NR_XEN_PORTS - 1, 0) << XEN_PORT % 64;
+
+	if ((READ_ONCE(*pending) & ports) != ports)
+		return false;
+
+	__atomic_fetch_and(pending, ~ports, __ATOMIC_SEQ_CST);
+	return true;
+}
+
+/* The vCPU delivers events while the worker leaves more of them to it. */
+userfault_test(paths, many_xen_events_from_irqfds)
+{
+	u64 end = userfault_now_ms() + XEN_EVENTS_MSECS, nr = 0;
+	struct waiter waiter;
+	int fds[NR_XEN_PORTS], i;
+
+	if (!enable_xen_events(self))
+		SKIP(return, "There is no Xen emulation");
+
+	add_xen_irqfds(self, fds, NR_XEN_PORTS);
+	start_spinning(self, &waiter);
+	wait_for_spinning(self);
+	for (; userfault_now_ms() < end; nr++) {
+		vm_userfault_arm(self->vm, XEN_SHARED_INFO, PAGE_SIZE);
+		for (i = 0; i < NR_XEN_PORTS; i++)
+			eventfd_write(fds[i], 1);
+		userfault_resolve(self->fd, XEN_SHARED_INFO, PAGE_SIZE, 0, 0);
+		userfault_wait_until(take_xen_events(self));
+	}
+	stop_spinning(self, &waiter);
+	pr_info("# %lu times %d events\n", nr, NR_XEN_PORTS);
+	for (i = 0; i < NR_XEN_PORTS; i++)
+		kvm_close(fds[i]);
 }
 
 static u64 guest_halt(u64 arg)
@@ -1502,13 +1796,6 @@ userfault_test(paths, nested_smm)
 #define FAILED_READ		(USERFAULT_READ | KVM_MEMORY_EXIT_FLAG_FAILED)
 #define FAILED_WRITE		(USERFAULT_WRITE | KVM_MEMORY_EXIT_FLAG_FAILED)
 
-static void assert_failed(struct kvm_vcpu *vcpu, int ret, int error, gpa_t gpa, u64 flags)
-{
-	if (ret != -1 || errno != error)
-		vcpu_fail_run(vcpu, ret, "that KVM_RUN fails");
-	vcpu_assert_userfault(vcpu, gpa, flags);
-}
-
 /* Nobody will fill the page that the guest's access needs. */
 static void expect_failure(paths_data *self, gpa_t gpa, u64 flags)
 {
@@ -1606,20 +1893,6 @@ userfault_test(paths, failed_kvmclock)
 	expect_failure(self, page_gpa(1), FAILED_WRITE);
 }
 
-struct run {
-	struct kvm_vcpu *vcpu;
-	int error;
-	int ret;
-};
-
-static void run_fn(void *arg)
-{
-	struct run *run = arg;
-
-	run->ret = _vcpu_run(run->vcpu);
-	run->error = errno;
-}
-
 static void fail_access(paths_data *self, gpa_t gpa, int error)
 {
 	struct kvm_userfault_event event = userfault_read(self->fd);
@@ -1672,28 +1945,57 @@ userfault_test(paths, failed_ioctl_does_not_fail_kvm_run)
 }
 
 /*
- * A record says whether it is about the private page of a gfn.  Only vCPUs get at such
- * memory, and they wait only if they are to.
+ * Private memory: records and exits say whether they are about the private page of a
+ * gfn.
  */
-TEST(private_memory)
+
+#define PRIVATE_READ		(USERFAULT_READ | KVM_MEMORY_EXIT_FLAG_PRIVATE)
+#define PRIVATE_WRITE		(USERFAULT_WRITE | KVM_MEMORY_EXIT_FLAG_PRIVATE)
+
+static bool has_sw_protected_vms(void)
+{
+	return kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM);
+}
+
+/* All of its memory from AGENT_GPA on is private. */
+static struct kvm_vm *create_private_vm(struct kvm_vcpu **vcpu)
 {
 	const struct vm_shape shape = {
 		.mode = VM_MODE_DEFAULT,
 		.type = KVM_X86_SW_PROTECTED_VM,
 	};
-	struct kvm_userfault_event event;
+	struct kvm_vm *vm = agent_create_vm(shape, 1, vcpu);
+
+	agent_add_memory(vm, VM_MEM_SRC_ANONYMOUS, AGENT_GPA, AGENT_SLOT, NR_PAGES,
+			 KVM_MEM_GUEST_MEMFD);
+	vm_mem_set_private(vm, AGENT_GPA, NR_PAGES * PAGE_SIZE);
+	return vm;
+}
+
+/* There must be an access to a page that waits, which is released. */
+static void expect_private_record(int fd, struct waiter *waiter)
+{
+	struct kvm_userfault_event event = userfault_read(fd);
+
+	TEST_ASSERT_EQ(event.gpa, AGENT_GPA);
+	TEST_ASSERT_EQ(event.flags, PRIVATE_READ);
+	waiter_assert_asleep(waiter);
+	userfault_resolve(fd, AGENT_GPA, PAGE_SIZE, 0, 0);
+	waiter_join(waiter);
+}
+
+/* vCPUs alone get at such memory, and they wait only if they are to. */
+TEST(private_memory)
+{
 	struct kvm_vcpu *vcpu;
 	struct waiter waiter;
 	struct kvm_vm *vm;
 	int fd;
 
-	if (!(kvm_check_cap(KVM_CAP_VM_TYPES) & BIT(KVM_X86_SW_PROTECTED_VM)))
+	if (!has_sw_protected_vms())
 		SKIP(return, "There are no VMs of type KVM_X86_SW_PROTECTED_VM");
 
-	vm = agent_create_vm(shape, 1, &vcpu);
-	agent_add_memory(vm, VM_MEM_SRC_ANONYMOUS, AGENT_GPA, AGENT_SLOT, NR_PAGES,
-			 KVM_MEM_GUEST_MEMFD);
-	vm_mem_set_private(vm, AGENT_GPA, NR_PAGES * PAGE_SIZE);
+	vm = create_private_vm(&vcpu);
 	agent_do(vcpu, AGENT_WRITE, AGENT_GPA, 5);
 
 	vm_userfault_enable_async(vm, KVM_USERFAULT_ASYNC_VCPU);
@@ -1701,13 +2003,59 @@ TEST(private_memory)
 	vm_userfault_arm(vm, AGENT_GPA, PAGE_SIZE);
 	agent_request(vcpu, AGENT_READ, AGENT_GPA, 0);
 	waiter_start(&waiter, finish_fn, vcpu);
-	event = userfault_read(fd);
-	TEST_ASSERT_EQ(event.gpa, AGENT_GPA);
-	TEST_ASSERT_EQ(event.flags, USERFAULT_READ | KVM_MEMORY_EXIT_FLAG_PRIVATE);
-
-	userfault_resolve(fd, AGENT_GPA, PAGE_SIZE, 0, 0);
-	waiter_join(&waiter);
+	expect_private_record(fd, &waiter);
 	TEST_ASSERT_EQ(agent_result(vcpu), 5);
+	kvm_close(fd);
+	kvm_vm_free(vm);
+}
+
+/* KVM itself does not, but the bit that it waits for is one of a private page. */
+TEST(access_by_kvm_to_private_memory)
+{
+	struct kvm_access access;
+	struct kvm_vcpu *vcpu;
+	struct kvm_vm *vm;
+	int fd;
+
+	if (!has_sw_protected_vms())
+		SKIP(return, "There are no VMs of type KVM_X86_SW_PROTECTED_VM");
+
+	vm = create_private_vm(&vcpu);
+	vm_userfault_enable_async(vm, 0);
+	fd = vm_create_userfault_fd(vm);
+	vm_userfault_arm(vm, AGENT_GPA, PAGE_SIZE);
+	kvm_access_start(&access, vcpu, AGENT_GPA);
+	expect_private_record(fd, &access.waiter);
+	kvm_close(fd);
+	kvm_vm_free(vm);
+}
+
+/* The same for an exit that KVM takes because it can't wait. */
+TEST(exit_by_kvm_for_private_memory)
+{
+	struct svm_test_data *svm;
+	struct kvm_vcpu *vcpu;
+	struct kvm_vm *vm;
+	gva_t svm_gva;
+	int fd;
+
+	if (!has_sw_protected_vms() || !kvm_cpu_has(X86_FEATURE_SVM))
+		SKIP(return, "There is no SVM, or no KVM_X86_SW_PROTECTED_VM");
+
+	vm = create_private_vm(&vcpu);
+	svm = vcpu_alloc_svm(vm, &svm_gva);
+	agent_do(vcpu, AGENT_EXEC, (gva_t)guest_prepare_l2, svm_gva);
+	vm_userfault_enable_async(vm, 0);
+	fd = vm_create_userfault_fd(vm);
+	vm_change_attributes(vm, svm->vmcb_gpa, PAGE_SIZE,
+			     KVM_MEMORY_ATTRIBUTE_PRIVATE | KVM_MEMORY_ATTRIBUTE_USERFAULT,
+			     KVM_MEMORY_ATTRIBUTES_SET);
+	agent_request(vcpu, AGENT_EXEC, (gva_t)guest_run_l2, svm->vmcb_gpa);
+	vcpu_run_expect_userfault(vcpu, svm->vmcb_gpa, PRIVATE_WRITE);
+
+	vm_change_attributes(vm, svm->vmcb_gpa, PAGE_SIZE, 0, 0);
+	finish_fn(vcpu);
+	assert_l2_done(svm);
 	kvm_close(fd);
 	kvm_vm_free(vm);
 }

@@ -328,6 +328,64 @@ userfault_test(private, conversion_before_the_vcpu_is_back)
 	TEST_ASSERT_EQ(agent_finish(self->vcpu), page_content(0, false));
 }
 
+#define FLIP_MSECS	2000
+
+struct flipper {
+	struct kvm_vm *vm;
+	bool stop;
+	u64 nr;
+};
+
+/* Shared and there, or private and armed.  It ends with the former. */
+static void flip_fn(void *arg)
+{
+	struct flipper *flipper = arg;
+
+	while (!READ_ONCE(flipper->stop)) {
+		vm_change_attributes(flipper->vm, page_gpa(0), PAGE_SIZE,
+				     PRIVATE | USERFAULT, 0);
+		vm_change_attributes(flipper->vm, page_gpa(0), PAGE_SIZE, 0, 0);
+		flipper->nr++;
+	}
+}
+
+/* Only because the page is armed, or was being converted, the guest gets no further. */
+static void run_expect_exit_for_page_0(struct kvm_vcpu *vcpu)
+{
+	int ret = _vcpu_run(vcpu);
+
+	TEST_ASSERT(ret == -1 && errno == EFAULT,
+		    "The guest has read the private page: KVM_RUN returned %d, errno %d",
+		    ret, errno);
+	TEST_ASSERT_KVM_EXIT_REASON(vcpu, KVM_EXIT_MEMORY_FAULT);
+	TEST_ASSERT_EQ(vcpu->run->memory_fault.gpa, page_gpa(0));
+}
+
+/*
+ * Both attributes change at once: the guest, which reads the page all the time, sees
+ * nothing of the private page, as that is armed whenever it could be seen.
+ */
+userfault_test(private, conversion_of_armed_pages_is_atomic)
+{
+	u64 end = userfault_now_ms() + FLIP_MSECS, *word = self->hva;
+	struct flipper flipper = { .vm = self->vm };
+	struct waiter waiter;
+	u64 nr_exits = 0;
+
+	agent_request(self->vcpu, AGENT_SPIN, page_gpa(0), *word);
+	waiter_start(&waiter, flip_fn, &flipper);
+	while (userfault_now_ms() < end) {
+		run_expect_exit_for_page_0(self->vcpu);
+		nr_exits++;
+	}
+	WRITE_ONCE(flipper.stop, true);
+	waiter_join(&waiter);
+
+	WRITE_ONCE(*word, *word + 1);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), *word);
+	pr_info("# %lu flips, %lu exits\n", flipper.nr, nr_exits);
+}
+
 /* Private and shared pages side by side: each has its own way to be filled. */
 userfault_test(private, both_kinds_in_one_vm)
 {
@@ -440,6 +498,15 @@ userfault_test(private, closing_the_file_with_an_open_fault)
 	TEST_ASSERT_EQ(agent_finish(self->vcpu), page_content(0, false));
 }
 
+/* A page that is there, so that a read could map it without a call of ->fault(). */
+static void assert_host_cannot_read(int fd)
+{
+	u8 *mem = kvm_mmap(PAGE_SIZE, PROT_READ, MAP_SHARED, fd);
+
+	TEST_EXPECT_SIGBUS((void)READ_ONCE(*mem));
+	kvm_munmap(mem, PAGE_SIZE);
+}
+
 /*
  * A VM with private memory can have files that can be mapped, too, but none whose
  * memory is shared: the slot has no other memory, and all of it is private.
@@ -464,9 +531,11 @@ userfault_test(private, file_that_can_be_mapped)
 	vm_userfault_clear(self->vm, OTHER_GPA, PAGE_SIZE);
 	TEST_ASSERT_EQ(agent_finish(self->vcpu), 0);
 	agent_do(self->vcpu, AGENT_WRITE, OTHER_GPA, 77);
+	assert_host_cannot_read(fd);
 
 	/* Mapped by now, and armed once more. */
 	vm_userfault_arm(self->vm, OTHER_GPA, PAGE_SIZE);
+	assert_host_cannot_read(fd);
 	agent_expect_userfault(self->vcpu, AGENT_READ, OTHER_GPA, 0, OTHER_GPA, flags);
 	vm_userfault_clear(self->vm, OTHER_GPA, PAGE_SIZE);
 	TEST_ASSERT_EQ(agent_finish(self->vcpu), 77);
@@ -489,6 +558,47 @@ userfault_test(private, other_exits_are_unchanged)
 	TEST_ASSERT_KVM_EXIT_REASON(self->vcpu, KVM_EXIT_MEMORY_FAULT);
 	TEST_ASSERT_EQ(self->vcpu->run->memory_fault.flags, KVM_MEMORY_EXIT_FLAG_PRIVATE);
 	TEST_ASSERT_EQ(self->vcpu->run->memory_fault.gpa, gpa);
+}
+
+static u64 guest_read_at_rdi(u64 gva)
+{
+	u64 val;
+
+	asm volatile("mov (%1), %0" : "=r"(val) : "D"(gva) : "memory");
+	return val;
+}
+
+/* Let the guest read something else than what it was about to read, where it is. */
+static void redirect(struct kvm_vcpu *vcpu, gva_t from, gva_t to)
+{
+	struct kvm_regs regs;
+
+	vcpu_regs_get(vcpu, &regs);
+	TEST_ASSERT_EQ(regs.rdi, from);
+	regs.rdi = to;
+	vcpu_regs_set(vcpu, &regs);
+}
+
+/*
+ * KVM can't map the page that it has reported, as there is no private memory.  That is
+ * the reason for an exit only if the guest comes back to that page.
+ */
+userfault_test(private, other_exits_after_a_userfault)
+{
+	gpa_t gpa = page_gpa(NR_PAGES);
+	int ret;
+
+	agent_add_memory(self->vm, VM_MEM_SRC_ANONYMOUS, gpa, OTHER_SLOT, 1, 0);
+	vm_userfault_arm(self->vm, gpa, PAGE_SIZE);
+	agent_expect_userfault(self->vcpu, AGENT_EXEC, (gva_t)guest_read_at_rdi, gpa, gpa,
+			       USERFAULT_READ);
+	vm_change_attributes(self->vm, gpa, PAGE_SIZE, PRIVATE, 0);
+
+	TEST_ASSERT(!mprotect(self->hva, PAGE_SIZE, PROT_NONE), "errno %d", errno);
+	redirect(self->vcpu, gpa, AGENT_GPA);
+	ret = _vcpu_run(self->vcpu);
+	TEST_ASSERT(ret == -1 && errno == EFAULT, KVM_IOCTL_ERROR(KVM_RUN, ret));
+	TEST_ASSERT_KVM_EXIT_REASON(self->vcpu, KVM_EXIT_UNKNOWN);
 }
 
 /*
@@ -731,6 +841,62 @@ userfault_test(huge, disabling_with_armed_pages_recovers)
 	vm_userfault_disable(self->vm);
 	assert_recovered(self->vcpu);
 	sweep(self->vcpu);
+}
+
+#define DISABLE_MSECS	3000
+
+struct sweeper {
+	struct kvm_vcpu *vcpu;
+	bool stop;
+	u64 nr;
+};
+
+/* A page that is armed will be there when it is clear. */
+static void sweep_fn(void *arg)
+{
+	struct sweeper *sweeper = arg;
+	enum agent_exit exit;
+
+	while (!READ_ONCE(sweeper->stop)) {
+		agent_request(sweeper->vcpu, AGENT_CHECK, AGENT_GPA,
+			      NR_BLOCKS * BLOCK_PAGES);
+		while ((exit = agent_run(sweeper->vcpu)) == AGENT_USERFAULT)
+			usleep(200);
+		TEST_ASSERT_EQ(exit, AGENT_DONE);
+		TEST_ASSERT_EQ(agent_result(sweeper->vcpu), 0);
+		WRITE_ONCE(sweeper->nr, sweeper->nr + 1);
+	}
+}
+
+/* What the guest was just about to have mapped small is huge in the end, too. */
+static void disable_while_sweeping(struct kvm_vm *vm, struct sweeper *sweeper,
+				   useconds_t delay)
+{
+	u64 nr;
+
+	vm_userfault_arm(vm, AGENT_GPA + NR_BLOCKS * SZ_2M - PAGE_SIZE, PAGE_SIZE);
+	usleep(delay);
+	vm_userfault_disable(vm);
+
+	nr = READ_ONCE(sweeper->nr);
+	userfault_wait_until(READ_ONCE(sweeper->nr) >= nr + 2);
+	TEST_ASSERT_EQ(vm_get_stat(vm, pages_2m), NR_BLOCKS);
+	vm_userfault_enable(vm);
+}
+
+userfault_test(huge, disabling_while_the_guest_faults)
+{
+	struct kvm_random_state rng = new_kvm_random_state(1);
+	u64 end = userfault_now_ms() + DISABLE_MSECS, nr = 0;
+	struct sweeper sweeper = { .vcpu = self->vcpu };
+	struct waiter waiter;
+
+	waiter_start(&waiter, sweep_fn, &sweeper);
+	for (; userfault_now_ms() < end; nr++)
+		disable_while_sweeping(self->vm, &sweeper, kvm_random_u32(&rng) % 10000);
+	WRITE_ONCE(sweeper.stop, true);
+	waiter_join(&waiter);
+	pr_info("# %lu times off and on\n", nr);
 }
 
 /* The log needs small pages: they stay until it is switched off. */
