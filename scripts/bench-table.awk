@@ -12,6 +12,8 @@ NR > 1 {
 		locks[$2 "," $3 "," $4] = $6
 	if ($4 ~ /^lock:/)
 		lockstat = 1
+	if ($4 ~ /^contended:/)
+		contended[$2] += $6
 }
 
 function has(key) { return key in value }
@@ -130,10 +132,14 @@ END {
 		nothing("IPIs", counted("exit", "ipis") + counted("exit", "ipi_masks"))
 		print ""
 		printf "%-24s %10s %10s %10s %10s\n", "counts per fault", "plain", "exit", "queue", "uffd"
-		n = split("vm_exits kvm_run_calls syscalls switches kmallocs slab_allocs page_allocs ipis contentions", m, " ")
+		n = split("vm_exits kvm_run_calls syscalls switches kmallocs slab_allocs page_allocs ipis", m, " ")
 		for (i = 1; i <= n; i++)
 			printf "%-24s %10.3f %10.3f %10.3f %10.3f\n", m[i], counted("plain", m[i]),
 				counted("exit", m[i]), counted("queue", m[i]), counted("uffd", m[i])
+		# The tracepoint has every mutex that lockstat makes go the slow way.
+		if (lockstat)
+			printf "%-24s %10.3f %10.3f %10.3f %10.3f\n", "contended locks", contended["plain"],
+				contended["exit"], contended["queue"], contended["uffd"]
 	}
 
 	print ""
