@@ -283,7 +283,8 @@ static void expect_wait(nested_data *self, gpa_t gpa, u64 (*fn)(u64 arg), u64 ar
 	armed_page_init(&page, self->vm, gpa);
 	agent_request(self->vcpu, AGENT_EXEC, (gva_t)fn, arg);
 	waiter_start(&waiter, finish_fn, self->vcpu);
-	armed_page_expect_access(&page, self->fd, &waiter, USERFAULT_READ, 0);
+	armed_page_expect_access(&page, self->fd, &waiter, USERFAULT_READ,
+				 self->vcpu->id, 0);
 	waiter_join(&waiter);
 	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_records), nr + 1);
 }
