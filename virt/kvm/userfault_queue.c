@@ -544,7 +544,29 @@ static void kvm_userfault_exit(struct kvm_vcpu *vcpu,
 	trace_kvm_userfault_exit(vcpu->vcpu_id, gpa_to_gfn(event->gpa), event->flags);
 }
 
-/* Forget what vcpu->userfault says, as it is being reported. */
+static bool kvm_userfault_vcpus_wait(struct kvm *kvm)
+{
+	struct kvm_userfault *uf;
+
+	guard(rcu)();
+
+	uf = rcu_dereference(kvm->userfault);
+	return uf && uf->flags & KVM_USERFAULT_ASYNC_VCPU;
+}
+
+/* Wait for the page that vcpu->userfault is about, if that is what vCPUs do. */
+static int kvm_userfault_wait_or_exit(struct kvm_vcpu *vcpu)
+{
+	struct kvm_userfault *uf __free(kvm_userfault_put) = NULL;
+
+	/* To exit takes no reference, which all vCPUs would contend for. */
+	if (kvm_userfault_vcpus_wait(vcpu->kvm))
+		uf = kvm_userfault_get(vcpu->kvm);
+
+	return uf ? kvm_userfault_wait_vcpu(uf, vcpu, &vcpu->userfault) : -EFAULT;
+}
+
+/* Forget what vcpu->userfault says, as it has been reported. */
 static void kvm_userfault_forget(struct kvm_vcpu *vcpu)
 {
 	vcpu->userfault.size = 0;
@@ -571,24 +593,17 @@ void __kvm_userfault_end_ioctl(struct kvm_vcpu *vcpu, int *r)
  */
 bool __kvm_userfault_run_again(struct kvm_vcpu *vcpu, int *r)
 {
-	struct kvm_userfault *uf __free(kvm_userfault_put) = kvm_userfault_get(vcpu->kvm);
-	struct kvm_userfault_event event = vcpu->userfault;
-	int error = vcpu->userfault_error;
+	bool again = false;
+
+	if (vcpu->userfault_error || *r == -EFAULT) {
+		*r = vcpu->userfault_error ?: kvm_userfault_wait_or_exit(vcpu);
+		again = !*r;
+		if (*r && *r != -EINTR)
+			kvm_userfault_exit(vcpu, &vcpu->userfault);
+	}
 
 	kvm_userfault_forget(vcpu);
-
-	if (error)
-		*r = error;
-	else if (*r != -EFAULT)
-		return false;
-	else if (uf && uf->flags & KVM_USERFAULT_ASYNC_VCPU)
-		*r = kvm_userfault_wait_vcpu(uf, vcpu, &event);
-
-	if (!*r || *r == -EINTR)
-		return !*r;
-
-	kvm_userfault_exit(vcpu, &event);
-	return false;
+	return again;
 }
 
 bool kvm_userfault_readable(struct kvm_userfault *uf)
