@@ -467,36 +467,22 @@ userfault_test(paths, its_tables_saved_and_restored)
 
 #define FAILED_READ		(USERFAULT_READ | KVM_MEMORY_EXIT_FLAG_FAILED)
 
-struct run {
-	struct kvm_vcpu *vcpu;
-	int error;
-	int ret;
-};
-
-static void run_fn(void *arg)
-{
-	struct run *run = arg;
-
-	run->ret = _vcpu_run(run->vcpu);
-	run->error = errno;
-}
-
 /* Nobody will fill the page that the guest's access needs. */
 static void expect_failure(paths_data *self, struct armed_page *page, int error)
 {
 	u64 nr = vcpu_get_stat(self->vcpu, userfault_exits);
-	struct run run = { .vcpu = self->vcpu };
+	struct vcpu_call call = { .vcpu = self->vcpu };
 	struct kvm_userfault_event event;
 	struct waiter waiter;
 
-	waiter_start(&waiter, run_fn, &run);
+	waiter_start(&waiter, vcpu_call_run_fn, &call);
 	event = userfault_read(self->fd);
 	TEST_ASSERT_EQ(event.gpa, page->gpa);
 	userfault_resolve(self->fd, page->gpa, getpagesize(), 0, error);
 	waiter_join(&waiter);
 
-	TEST_ASSERT(run.ret == -1 && run.error == error, "KVM_RUN returned %d, errno %d",
-		    run.ret, run.error);
+	TEST_ASSERT(call.ret == -1 && call.error == error, "KVM_RUN returned %d, errno %d",
+		    call.ret, call.error);
 	vcpu_assert_userfault(self->vcpu, page->gpa, FAILED_READ);
 	armed_page_assert_untouched(page);
 	TEST_ASSERT_EQ(vcpu_get_stat(self->vcpu, userfault_exits), nr + 1);

@@ -248,6 +248,15 @@ bool waiter_is_done(struct waiter *waiter);
 void waiter_wait_asleep(struct waiter *waiter);
 void waiter_assert_asleep(struct waiter *waiter);
 void waiter_join(struct waiter *waiter);
+
+/* KVM_RUN in a thread of its own, and how that ended. */
+struct vcpu_call {
+	struct kvm_vcpu *vcpu;
+	int error;
+	int ret;
+};
+
+void vcpu_call_run_fn(void *call);
 char task_state(pid_t pid, pid_t tid);
 bool task_is_asleep(pid_t pid, pid_t tid);
 

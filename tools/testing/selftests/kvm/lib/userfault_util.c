@@ -644,6 +644,14 @@ void waiter_join(struct waiter *waiter)
 	kvm_pthread_join(waiter->thread, NULL);
 }
 
+void vcpu_call_run_fn(void *arg)
+{
+	struct vcpu_call *call = arg;
+
+	call->ret = _vcpu_run(call->vcpu);
+	call->error = errno;
+}
+
 void tell(int sock)
 {
 	TEST_ASSERT(send(sock, "", 1, MSG_NOSIGNAL) == 1, "The other process died");

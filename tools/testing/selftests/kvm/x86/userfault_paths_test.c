@@ -152,20 +152,6 @@ static void finish_fn(void *arg)
 	TEST_ASSERT_EQ(get_ucall(vcpu, &uc), UCALL_SYNC);
 }
 
-struct run {
-	struct kvm_vcpu *vcpu;
-	int error;
-	int ret;
-};
-
-static void run_fn(void *arg)
-{
-	struct run *run = arg;
-
-	run->ret = _vcpu_run(run->vcpu);
-	run->error = errno;
-}
-
 static void assert_failed(struct kvm_vcpu *vcpu, int ret, int error, gpa_t gpa, u64 flags)
 {
 	if (ret != -1 || errno != error)
@@ -730,7 +716,7 @@ static void uffd_fill_hole(int uffd, void *hva, u64 val)
  */
 static void test_async_page_fault(paths_data *self, gpa_t gpa)
 {
-	struct run run = { .vcpu = self->vcpu };
+	struct vcpu_call call = { .vcpu = self->vcpu };
 	void *hva = self->hva + PAGE_SIZE;
 	struct waiter waiter;
 	int uffd;
@@ -738,14 +724,14 @@ static void test_async_page_fault(paths_data *self, gpa_t gpa)
 	warm_up(self);
 	uffd = uffd_create_hole(hva);
 	request_call(self, guest_read_with_interrupts, page_gpa(1));
-	waiter_start(&waiter, run_fn, &run);
+	waiter_start(&waiter, vcpu_call_run_fn, &call);
 	userfault_wait_until(vcpu_get_stat(self->vcpu, blocking));
 	vm_userfault_arm(self->vm, gpa, PAGE_SIZE);
 	uffd_fill_hole(uffd, hva, 77);
 	waiter_join(&waiter);
 
-	errno = run.error;
-	assert_failed(self->vcpu, run.ret, EFAULT, gpa, USERFAULT_READ);
+	errno = call.error;
+	assert_failed(self->vcpu, call.ret, EFAULT, gpa, USERFAULT_READ);
 	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_records), 0);
 	userfault_resolve(self->fd, gpa, PAGE_SIZE, 0, 0);
 	TEST_ASSERT_EQ(agent_finish(self->vcpu), 77);
@@ -1904,7 +1890,7 @@ static void fail_access(paths_data *self, gpa_t gpa, int error)
 /* What fails later may be a consequence. */
 userfault_test(paths, first_failure_is_reported)
 {
-	struct run run = { .vcpu = self->vcpu };
+	struct vcpu_call call = { .vcpu = self->vcpu };
 	struct armed_page pages[2];
 	struct waiter waiter;
 
@@ -1916,13 +1902,13 @@ userfault_test(paths, first_failure_is_reported)
 	arm(self, &pages[0], page_gpa(1));
 	arm(self, &pages[1], page_gpa(2));
 	request_call(self, guest_read, page_gpa(2));
-	waiter_start(&waiter, run_fn, &run);
+	waiter_start(&waiter, vcpu_call_run_fn, &call);
 	fail_access(self, page_gpa(1), EHWPOISON);
 	fail_access(self, page_gpa(2), EFAULT);
 	waiter_join(&waiter);
 
-	errno = run.error;
-	assert_failed(self->vcpu, run.ret, EHWPOISON, page_gpa(1), FAILED_WRITE);
+	errno = call.error;
+	assert_failed(self->vcpu, call.ret, EHWPOISON, page_gpa(1), FAILED_WRITE);
 }
 
 /* Another ioctl fails itself, even one that makes nothing of failed accesses. */
