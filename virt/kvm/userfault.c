@@ -645,8 +645,9 @@ int kvm_userfault_enable_cap(struct kvm *kvm, const struct kvm_enable_cap *cap)
 }
 
 /*
- * The last reference to the VM is gone.  Freeing its vCPUs may access guest memory,
- * e.g. to leave a nested guest, and nobody is left to resolve what would wait.
+ * The last reference to the VM is gone, or its process is.  Freeing its vCPUs may
+ * access guest memory, e.g. to leave a nested guest, and nobody is left to resolve
+ * what would wait.
  */
 void kvm_userfault_close(struct kvm *kvm)
 {

@@ -544,14 +544,14 @@ static void kvm_userfault_exit(struct kvm_vcpu *vcpu,
 	trace_kvm_userfault_exit(vcpu->vcpu_id, gpa_to_gfn(event->gpa), event->flags);
 }
 
-static bool kvm_userfault_vcpus_wait(struct kvm *kvm)
+static bool kvm_userfault_vcpus_exit(struct kvm *kvm)
 {
 	struct kvm_userfault *uf;
 
 	guard(rcu)();
 
 	uf = rcu_dereference(kvm->userfault);
-	return uf && uf->flags & KVM_USERFAULT_ASYNC_VCPU;
+	return uf && !(uf->flags & KVM_USERFAULT_ASYNC_VCPU);
 }
 
 /* Wait for the page that vcpu->userfault is about, if that is what vCPUs do. */
@@ -560,10 +560,12 @@ static int kvm_userfault_wait_or_exit(struct kvm_vcpu *vcpu)
 	struct kvm_userfault *uf __free(kvm_userfault_put) = NULL;
 
 	/* To exit takes no reference, which all vCPUs would contend for. */
-	if (kvm_userfault_vcpus_wait(vcpu->kvm))
-		uf = kvm_userfault_get(vcpu->kvm);
+	if (kvm_userfault_vcpus_exit(vcpu->kvm))
+		return -EFAULT;
 
-	return uf ? kvm_userfault_wait_vcpu(uf, vcpu, &vcpu->userfault) : -EFAULT;
+	/* If userfault has been disabled no page is armed: run the vCPU again. */
+	uf = kvm_userfault_get(vcpu->kvm);
+	return uf ? kvm_userfault_wait_vcpu(uf, vcpu, &vcpu->userfault) : 0;
 }
 
 /* Forget what vcpu->userfault says, as it has been reported. */
