@@ -189,14 +189,14 @@ static inline void kvm_userfault_destroy(struct kvm *kvm)
 static inline int kvm_userfault_read(struct kvm *kvm,
 				     struct kvm_userfault_event __user *uevent)
 {
-	return -EINVAL;
+	return -ENOTTY;
 }
 
 static inline int
 kvm_userfault_create_fd(struct kvm *kvm,
 			struct kvm_create_userfault_fd __user *ucreate)
 {
-	return -EINVAL;
+	return -ENOTTY;
 }
 
 static inline int kvm_userfault_reserve(struct kvm *kvm, gfn_t start, gfn_t end)

@@ -32,6 +32,7 @@
 #include <linux/kvm_host.h>
 #include <linux/kvm_userfault.h>
 #include <linux/nospec.h>
+#include <linux/sizes.h>
 #include <trace/events/kvm.h>
 
 #include "kvm_mm.h"
@@ -65,6 +66,17 @@ static struct kvm_userfault *kvm_userfault_locked(struct kvm *kvm)
 					 lockdep_is_held(&kvm->slots_lock));
 }
 
+struct kvm_userfault *kvm_userfault_rcu(struct kvm *kvm)
+{
+	struct kvm_userfault *uf = rcu_dereference(kvm->userfault);
+
+	/* Pairs with the barrier in kvm_userfault_detach(). */
+	if (!uf)
+		smp_acquire__after_ctrl_dep();
+
+	return uf;
+}
+
 struct kvm_userfault *kvm_userfault_get(struct kvm *kvm)
 {
 	struct kvm_userfault *uf;
@@ -72,7 +84,7 @@ struct kvm_userfault *kvm_userfault_get(struct kvm *kvm)
 	guard(rcu)();
 
 	/* The VM's own reference is dropped a grace period after the pointer. */
-	uf = rcu_dereference(kvm->userfault);
+	uf = kvm_userfault_rcu(kvm);
 	if (uf)
 		refcount_inc(&uf->refs);
 
@@ -106,7 +118,7 @@ static unsigned long *kvm_userfault_chunk(struct kvm_userfault *uf, unsigned lon
 
 static unsigned long *kvm_userfault_chunk_rcu(struct kvm *kvm, unsigned long index)
 {
-	struct kvm_userfault *uf = rcu_dereference(kvm->userfault);
+	struct kvm_userfault *uf = kvm_userfault_rcu(kvm);
 
 	if (!uf || kvm_userfault_is_closed(uf))
 		return NULL;
@@ -133,7 +145,7 @@ bool __kvm_userfault_armed(struct kvm *kvm, gfn_t gfn)
 
 	guard(rcu)();
 
-	uf = rcu_dereference(kvm->userfault);
+	uf = kvm_userfault_rcu(kvm);
 	return uf && kvm_userfault_test(uf, gfn);
 }
 
@@ -322,7 +334,7 @@ static void kvm_userfault_unmap(struct kvm *kvm, gfn_t start, gfn_t end)
 	gfn_t next;
 
 	for (; start < end; start = next) {
-		next = min(ALIGN(start + 1, PUD_SIZE >> PAGE_SHIFT), end);
+		next = min(ALIGN(start + 1, SZ_1G >> PAGE_SHIFT), end);
 		kvm_userfault_unmap_window(kvm, start, next);
 		cond_resched();
 	}
@@ -564,8 +576,8 @@ static bool kvm_userfault_detach(struct kvm *kvm, struct kvm_userfault *uf)
 		return false;
 
 	/*
-	 * As in kvm_userfault_clear(), the content of the pages comes first.  Pairs
-	 * with the acquire in kvm_userfault_enabled().
+	 * As in kvm_userfault_clear_range(), the content of the pages comes first.
+	 * Pairs with the acquire in kvm_userfault_enabled() and kvm_userfault_rcu().
 	 */
 	smp_mb();
 	rcu_assign_pointer(kvm->userfault, NULL);

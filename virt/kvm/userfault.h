@@ -95,6 +95,12 @@ struct kvm_userfault {
 	struct kvm_userfault_bucket buckets[KVM_USERFAULT_NR_BUCKETS];
 };
 
+/*
+ * The state of @kvm for use until the end of the RCU read-side critical section, or
+ * NULL if userfault isn't enabled, when the content of its pages can be used.
+ */
+struct kvm_userfault *kvm_userfault_rcu(struct kvm *kvm);
+
 /* The state of @kvm with a reference, or NULL if userfault isn't enabled. */
 struct kvm_userfault *kvm_userfault_get(struct kvm *kvm);
 void kvm_userfault_put(struct kvm_userfault *uf);

@@ -410,7 +410,7 @@ int __kvm_userfault_access_atomic(struct kvm *kvm,
 
 	guard(rcu)();
 
-	uf = rcu_dereference(kvm->userfault);
+	uf = kvm_userfault_rcu(kvm);
 	if (!uf || !kvm_userfault_is_async(uf) || !kvm_userfault_is_user_slot(slot))
 		return 0;
 
@@ -550,7 +550,7 @@ static bool kvm_userfault_vcpus_exit(struct kvm *kvm)
 
 	guard(rcu)();
 
-	uf = rcu_dereference(kvm->userfault);
+	uf = kvm_userfault_rcu(kvm);
 	return uf && !(uf->flags & KVM_USERFAULT_ASYNC_VCPU);
 }
 

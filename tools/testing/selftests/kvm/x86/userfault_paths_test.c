@@ -403,6 +403,38 @@ userfault_test(paths, emulated_cmpxchg)
 	TEST_ASSERT_EQ(*(u64 *)(self->hva + PAGE_SIZE), page_gpa(1));
 }
 
+/*
+ * The address is translated once more for the write.  If the guest has changed its page
+ * tables since the read, that leads to a page that nobody has waited for.
+ */
+userfault_test(paths, emulated_cmpxchg_of_another_page)
+{
+	struct armed_page pages[2];
+	struct waiter waiter;
+	u64 *pte;
+
+	if (!is_forced_emulation_enabled)
+		SKIP(return, "kvm.force_emulation_prefix is needed");
+
+	arm(self, &pages[0], page_gpa(1));
+	arm(self, &pages[1], page_gpa(2));
+
+	request_call(self, guest_emulated_cmpxchg, page_gpa(1));
+	waiter_start(&waiter, finish_fn, self->vcpu);
+	TEST_ASSERT(userfault_is_readable(self->fd, USERFAULT_TIMEOUT_SECS * 1000),
+		    "There is no record");
+
+	pte = vm_get_pte(self->vm, page_gpa(1));
+	TEST_ASSERT_EQ(PTE_GET_PA(*pte), page_gpa(1));
+	*pte += PAGE_SIZE;
+
+	expect_access(self, &waiter, &pages[0], USERFAULT_READ, 0);
+	expect_access(self, &waiter, &pages[1], USERFAULT_WRITE, 0);
+	waiter_join(&waiter);
+	TEST_ASSERT_EQ(*(u64 *)(self->hva + PAGE_SIZE), 0);
+	TEST_ASSERT_EQ(*(u64 *)(self->hva + 2 * PAGE_SIZE), page_gpa(1));
+}
+
 static u64 guest_emulated_movs(u64 dst)
 {
 	u64 src = page_gpa(2) - 2;
