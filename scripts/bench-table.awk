@@ -51,10 +51,27 @@ function all(what, a, b) {
 		     sprintf("%.0f %%", value[a] * 100 / value[b]), "100 %", verdict(value[a] == value[b]))
 }
 
-# A count per fault, which is nothing if rounded to one decimal.
-function nothing(what, a) { line(what, "", "", sprintf("%.3f", a), "0", verdict(a < 0.05 && a > -0.05)) }
+# A count per fault, which is nothing if rounded to one decimal. What was not counted
+# since the last of these lines is not nothing.
+function nothing(what, a) {
+	if (absent)
+		line(what, "", "", "no figure", "0", verdict(0))
+	else
+		line(what, "", "", sprintf("%.3f", a), "0", verdict(a < 0.05 && a > -0.05))
+	absent = 0
+}
 
-function counted(thing, metric) { return value["counts," thing ",8," metric] }
+function counted(thing, metric,    key) {
+	key = "counts," thing ",8," metric
+	if (!has(key))
+		absent++
+	return value[key]
+}
+
+function shown(thing, metric,    key) {
+	key = "counts," thing ",8," metric
+	return has(key) ? sprintf("%.3f", value[key]) : "-"
+}
 
 function allocations(thing) {
 	return counted(thing, "kmallocs") + counted(thing, "slab_allocs") + counted(thing, "page_allocs")
@@ -134,8 +151,8 @@ END {
 		printf "%-24s %10s %10s %10s %10s\n", "counts per fault", "plain", "exit", "queue", "uffd"
 		n = split("vm_exits kvm_run_calls syscalls switches kmallocs slab_allocs page_allocs ipis", m, " ")
 		for (i = 1; i <= n; i++)
-			printf "%-24s %10.3f %10.3f %10.3f %10.3f\n", m[i], counted("plain", m[i]),
-				counted("exit", m[i]), counted("queue", m[i]), counted("uffd", m[i])
+			printf "%-24s %10s %10s %10s %10s\n", m[i], shown("plain", m[i]),
+				shown("exit", m[i]), shown("queue", m[i]), shown("uffd", m[i])
 		# The tracepoint has every mutex that lockstat makes go the slow way.
 		if (lockstat)
 			printf "%-24s %10.3f %10.3f %10.3f %10.3f\n", "contended locks", contended["plain"],
