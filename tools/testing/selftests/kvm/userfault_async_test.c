@@ -2859,6 +2859,81 @@ userfault_test(async_vcpu, memslot_updates_do_not_wait_for_vcpus)
 	TEST_ASSERT_KVM_EXIT_REASON(runner->vcpu, KVM_EXIT_MMIO);
 }
 
+/* A signal makes KVM_RUN fail, and may do so at any time.  Nothing else does. */
+static void persistent_runner_fn(void *arg)
+{
+	struct runner *runner = arg;
+
+	do {
+		runner_fn(runner);
+	} while (runner->ret == -1 && runner->error == EINTR);
+}
+
+struct storm {
+	struct waiter waiter;
+	struct runner *runners;
+	bool stop;
+};
+
+static void storm_fn(void *arg)
+{
+	struct storm *storm = arg;
+	int i;
+
+	while (!READ_ONCE(storm->stop)) {
+		for (i = 0; i < NR_RUNNERS; i++)
+			pthread_kill(storm->runners[i].waiter.thread, SIGUSR1);
+		usleep(random() % 300);
+	}
+}
+
+static void interrupted_round(async_vcpu_data *self)
+{
+	struct storm storm = { .runners = self->runners };
+	int i;
+
+	memset(self->hva, 0xee, NR_PAGES * page_size);
+	vm_userfault_enable_async(self->vm, KVM_USERFAULT_ASYNC_VCPU);
+	vm_userfault_arm(self->vm, AGENT_GPA, NR_PAGES * page_size);
+
+	for (i = 0; i < NR_RUNNERS; i++) {
+		agent_request(self->vcpus[i], AGENT_CHECK, page_gpa(i), NR_PAGES - i);
+		waiter_start(&self->runners[i].waiter, persistent_runner_fn,
+			     &self->runners[i]);
+	}
+	waiter_start(&storm.waiter, storm_fn, &storm);
+
+	agent_fill(self->hva, AGENT_GPA, NR_PAGES);
+	usleep(random() % 3000);
+	vm_userfault_disable(self->vm);
+	WRITE_ONCE(storm.stop, true);
+	waiter_join(&storm.waiter);
+	for (i = 0; i < NR_RUNNERS; i++) {
+		assert_run_done(&self->runners[i]);
+		TEST_ASSERT_EQ(agent_result(self->vcpus[i]), 0);
+	}
+}
+
+/* Wherever it finds them: entering or leaving the wait, or with a fault in hand. */
+userfault_test(async_vcpu, disabling_races_with_vcpus)
+{
+	u64 end = userfault_now_ms() + STRESS_MS, nr;
+	int i;
+
+	kvm_close(self->fd);
+	self->fd = -1;
+	vm_userfault_disable(self->vm);
+
+	try_realtime();
+	for (nr = 0; userfault_now_ms() < end; nr++)
+		interrupted_round(self);
+
+	for (i = 0; i < NR_RUNNERS; i++)
+		TEST_ASSERT_EQ(vcpu_get_stat(self->vcpus[i], userfault_exits), 0);
+	ksft_print_msg("%lu rounds, %lu waits\n", nr,
+		       vcpu_get_stat(self->vcpus[0], userfault_waits));
+}
+
 /* Without the flag vCPUs exit, and nothing is queued. */
 userfault_test(async_vcpu, needs_its_flag)
 {

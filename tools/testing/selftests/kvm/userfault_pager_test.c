@@ -173,14 +173,18 @@ struct vm_state {
 };
 
 /* All pages are armed, and none has its content. */
-static void create_vm(struct vm_state *state)
+static void create_vm_of(struct vm_state *state, enum vm_mem_backing_src_type src)
 {
 	state->vm = agent_create_vm(VM_SHAPE_DEFAULT, NR_VCPUS, state->vcpus);
-	state->hva = agent_add_memory(state->vm, VM_MEM_SRC_SHMEM, AGENT_GPA, AGENT_SLOT,
-				      NR_PAGES, 0);
+	state->hva = agent_add_memory(state->vm, src, AGENT_GPA, AGENT_SLOT, NR_PAGES, 0);
 	memset(state->hva, 0xee, NR_PAGES * page_size);
 	vm_userfault_enable_async(state->vm, KVM_USERFAULT_ASYNC_VCPU);
 	vm_userfault_arm(state->vm, AGENT_GPA, NR_PAGES * page_size);
+}
+
+static void create_vm(struct vm_state *state)
+{
+	create_vm_of(state, VM_MEM_SRC_SHMEM);
 }
 
 static int memory_fd(struct vm_state *state)
@@ -342,6 +346,7 @@ enum vmm_state {
 	VMM_DELETES_SLOT,	/* while accesses wait, so the update does as well */
 	VMM_ARMS,		/* behind the update that waits, which it should not */
 	VMM_READS,		/* sleeps in read() itself */
+	VMM_LEAVES_ITS_VM,	/* to whoever holds the guest_memfd, which keeps it */
 };
 
 static void delete_slot_fn(void *arg)
@@ -368,7 +373,8 @@ static void vmm_fn(int sock, u64 what)
 	struct vm_state state;
 	int fds[2], i;
 
-	create_vm(&state);
+	create_vm_of(&state, what == VMM_LEAVES_ITS_VM ? VM_MEM_SRC_GUEST_MEMFD :
+						       VM_MEM_SRC_SHMEM);
 	fds[0] = vm_create_userfault_fd(state.vm);
 	fds[1] = memory_fd(&state);
 
@@ -421,7 +427,7 @@ static void test_vmm(u64 what, bool read_records, bool close_first)
 
 	process_kill(&vmm);
 
-	/* The VM goes with its process, though a bit later at times. */
+	/* Userfault goes with the process, though a bit later at times. */
 	pollfd.fd = fds[0];
 	userfault_wait_until(poll(&pollfd, 1, 0) == 1 && pollfd.revents & POLLHUP);
 	TEST_ASSERT_EQ(pollfd.revents, POLLHUP);
@@ -462,6 +468,16 @@ userfault_test(pager, vmm_killed_in_a_deadlock)
 userfault_test(pager, vmm_killed_while_it_reads)
 {
 	test_vmm(VMM_READS, false, false);
+}
+
+/* That there is still a VM is of no use to anybody. */
+userfault_test(pager, vmm_killed_and_its_vm_kept)
+{
+	if (!kvm_has_mappable_guest_memfd())
+		SKIP(return, "There is no guest_memfd that can be mapped");
+
+	test_vmm(VMM_LEAVES_ITS_VM, false, false);
+	test_vmm(VMM_LEAVES_ITS_VM, true, false);
 }
 
 userfault_test(pager, vmm_killed_after_the_pager_closed)

@@ -1058,13 +1058,19 @@ static bool enable_xen_events(paths_data *self)
 	return true;
 }
 
+static bool is_xen_port_pending(paths_data *self)
+{
+	u64 *pending = self->hva + PAGE_SIZE + 0x800;
+
+	return pending[XEN_PORT / 64] & BIT_ULL(XEN_PORT % 64);
+}
+
 /* In the shared info, and said so in the vCPU info. */
 static bool is_xen_event_pending(paths_data *self)
 {
-	u64 *pending = self->hva + PAGE_SIZE + 0x800;
 	u8 *vcpu_info = self->hva + 2 * PAGE_SIZE;
 
-	if (!(pending[XEN_PORT / 64] & BIT_ULL(XEN_PORT % 64)))
+	if (!is_xen_port_pending(self))
 		return false;
 
 	TEST_ASSERT_EQ(vcpu_info[0], 1);
@@ -1273,14 +1279,16 @@ userfault_test(paths, xen_event_in_the_vcpu_info)
 	TEST_ASSERT(is_xen_event_pending(self), "The event was lost");
 }
 
+static const struct kvm_xen_vcpu_attr past_xen_timer = {
+	.type = KVM_XEN_VCPU_ATTR_TYPE_TIMER,
+	.u.timer.port = XEN_PORT,
+	.u.timer.priority = KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL,
+	.u.timer.expires_ns = 1,
+};
+
 userfault_test(paths, xen_timer)
 {
-	struct kvm_xen_vcpu_attr timer = {
-		.type = KVM_XEN_VCPU_ATTR_TYPE_TIMER,
-		.u.timer.port = XEN_PORT,
-		.u.timer.priority = KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL,
-		.u.timer.expires_ns = 1,
-	};
+	struct kvm_xen_vcpu_attr timer = past_xen_timer;
 	struct armed_page page;
 	struct waiter waiter;
 
@@ -1293,6 +1301,31 @@ userfault_test(paths, xen_timer)
 	expect_access(self, &waiter, &page, USERFAULT_WRITE, 0);
 	stop_spinning(self, &waiter);
 	TEST_ASSERT(is_xen_event_pending(self), "The event was lost");
+}
+
+/* If nobody fills the page it fails, and is not over. */
+userfault_test(paths, xen_timer_that_fails)
+{
+	struct kvm_xen_vcpu_attr timer = past_xen_timer;
+	struct armed_page page;
+	int ret;
+
+	if (!enable_xen_events(self))
+		SKIP(return, "There is no Xen emulation");
+
+	arm(self, &page, XEN_SHARED_INFO);
+	vcpu_ioctl(self->vcpu, KVM_XEN_VCPU_SET_ATTR, &timer);
+	kvm_close(self->fd);
+	ret = __vcpu_ioctl(self->vcpu, KVM_XEN_VCPU_GET_ATTR, &timer);
+	TEST_ASSERT(ret == -1 && errno == EFAULT,
+		    KVM_IOCTL_ERROR(KVM_XEN_VCPU_GET_ATTR, ret));
+
+	self->fd = vm_create_userfault_fd(self->vm);
+	fill(self, &page);
+	vcpu_ioctl(self->vcpu, KVM_XEN_VCPU_GET_ATTR, &timer);
+	TEST_ASSERT_EQ(timer.u.timer.port, XEN_PORT);
+	TEST_ASSERT(is_xen_port_pending(self) || timer.u.timer.expires_ns,
+		    "The event was lost");
 }
 
 static bool enable_xen_events_by_hva(paths_data *self)
@@ -1493,6 +1526,28 @@ userfault_test(paths, xen_event_from_an_irqfd_before_running)
 	defer_xen_event(self, &page);
 	fill(self, &page);
 	TEST_ASSERT(guest_sees_xen_event(self), "The event came late");
+	TEST_ASSERT(is_xen_event_pending(self), "The event was lost");
+}
+
+/* Nor if the first try has failed. */
+userfault_test(paths, xen_event_from_an_irqfd_that_fails_first)
+{
+	struct armed_page page;
+
+	if (!enable_xen_events(self))
+		SKIP(return, "There is no Xen emulation");
+
+	TEST_ASSERT(!guest_sees_xen_event(self), "There was no event");
+	defer_xen_event(self, &page);
+	request_call(self, guest_upcall_pending, 0);
+	kvm_close(self->fd);
+	assert_failed(self->vcpu, _vcpu_run(self->vcpu), EFAULT, XEN_SHARED_INFO,
+		      USERFAULT_WRITE | KVM_MEMORY_EXIT_FLAG_FAILED);
+
+	self->fd = vm_create_userfault_fd(self->vm);
+	fill(self, &page);
+	finish_fn(self->vcpu);
+	TEST_ASSERT(agent_result(self->vcpu), "The event came late");
 	TEST_ASSERT(is_xen_event_pending(self), "The event was lost");
 }
 
