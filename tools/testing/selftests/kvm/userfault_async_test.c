@@ -2570,7 +2570,9 @@ static void fill_and_resolve(async_vcpu_data *self, gpa_t gpa)
 	userfault_resolve(self->fd, gpa, page_size, 0, 0);
 }
 
-static void test_vcpu_access(async_vcpu_data *self, enum agent_op op, u64 flags)
+/* The access is to page 3, which @fill gives its content. */
+static void test_vcpu_access(async_vcpu_data *self, enum agent_op op, u64 flags,
+			     void (*fill)(void *hva))
 {
 	struct runner *runner = &self->runners[1];
 	struct kvm_userfault_event event;
@@ -2586,23 +2588,35 @@ static void test_vcpu_access(async_vcpu_data *self, enum agent_op op, u64 flags)
 	TEST_ASSERT_EQ(event.as_id, 0);
 	waiter_assert_asleep(&runner->waiter);
 
-	fill_and_resolve(self, event.gpa);
+	fill(self->hva + 3 * page_size);
+	userfault_resolve(self->fd, event.gpa, page_size, 0, 0);
 	assert_run_done(runner);
 	TEST_ASSERT_EQ(vcpu_get_stat(runner->vcpu, userfault_exits), 0);
 	TEST_ASSERT_EQ(vcpu_get_stat(runner->vcpu, userfault_waits), 1);
 	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_records), 1);
 }
 
+static void fill_page_3(void *hva)
+{
+	agent_fill(hva, page_gpa(3), 1);
+}
+
 userfault_test(async_vcpu, read_waits)
 {
-	test_vcpu_access(self, AGENT_READ, USERFAULT_READ);
+	test_vcpu_access(self, AGENT_READ, USERFAULT_READ, fill_page_3);
 	TEST_ASSERT_EQ(agent_do(self->vcpus[0], AGENT_CHECK, page_gpa(3), 1), 0);
 }
 
 userfault_test(async_vcpu, write_waits)
 {
-	test_vcpu_access(self, AGENT_WRITE, USERFAULT_WRITE);
+	test_vcpu_access(self, AGENT_WRITE, USERFAULT_WRITE, fill_page_3);
 	TEST_ASSERT_EQ(agent_do(self->vcpus[0], AGENT_READ, page_gpa(3), 0), 1);
+}
+
+userfault_test(async_vcpu, execution_waits)
+{
+	test_vcpu_access(self, AGENT_EXEC, USERFAULT_EXEC, agent_put_code);
+	TEST_ASSERT_EQ(agent_result(self->vcpus[1]), 4);
 }
 
 static void resolver_fn(void *arg)

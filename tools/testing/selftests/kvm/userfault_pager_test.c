@@ -485,6 +485,98 @@ userfault_test(pager, vmm_killed_after_the_pager_closed)
 	test_vmm(VMM_WAITS, true, true);
 }
 
+/* So many times, with so much armed each time that a leak of the bitmap can't be missed. */
+#define LEAK_ROUNDS	16
+#define LEAK_START	(64ull * SZ_1G)
+#define LEAK_SIZE	(256ull * SZ_1G)
+
+static u64 available_memory(void)
+{
+	FILE *f = fopen("/proc/meminfo", "r");
+	char line[128];
+	u64 kib = 0;
+
+	TEST_ASSERT(f, "No /proc/meminfo, errno %d", errno);
+	while (!kib && fgets(line, sizeof(line), f))
+		sscanf(line, "MemAvailable: %lu", &kib);
+	fclose(f);
+	TEST_ASSERT(kib, "There is no memory");
+
+	return kib * SZ_1K;
+}
+
+/* Wait until all but half of what @rounds of them would leak has come back. */
+static void assert_no_leak(u64 before, int rounds)
+{
+	u64 bitmap_size = LEAK_SIZE / page_size / 8;
+
+	userfault_wait_until(available_memory() + rounds * bitmap_size / 2 >= before);
+}
+
+static void leaking_vmm_fn(int sock, u64 arg)
+{
+	struct vm_state state;
+	int fds[2];
+
+	create_vm(&state);
+	vm_userfault_arm(state.vm, LEAK_START, LEAK_SIZE);
+	fds[0] = vm_create_userfault_fd(state.vm);
+	fds[1] = memory_fd(&state);
+	start_accesses(&state);
+	send_fds(sock, fds, 2);
+	stop(sock);
+}
+
+/* The pager goes last, and has mapped the bitmap. */
+static void kill_leaking_vmm(void)
+{
+	struct process vmm;
+	u8 *bitmap;
+	int fds[2];
+
+	process_start(&vmm, leaking_vmm_fn, 0);
+	receive_fds(vmm.sock, fds, 2);
+	hear(vmm.sock);
+	bitmap = userfault_map_bitmap(fds[0], LEAK_START);
+	TEST_ASSERT(userfault_test_bit(bitmap, 0), "The page is not armed");
+	process_kill(&vmm);
+	kvm_close(fds[0]);
+	kvm_close(fds[1]);
+	kvm_munmap(bitmap, page_size);
+}
+
+userfault_test(pager, vmms_that_are_killed_leave_nothing)
+{
+	u64 before;
+	int i;
+
+	kill_leaking_vmm();
+	before = available_memory();
+	for (i = 0; i < LEAK_ROUNDS; i++)
+		kill_leaking_vmm();
+	assert_no_leak(before, LEAK_ROUNDS);
+}
+
+/* Nor does it take the end of the VM. */
+userfault_test(pager, disabling_leaves_nothing)
+{
+	struct vm_state state;
+	u64 before;
+	int fd, i;
+
+	create_vm(&state);
+	before = available_memory();
+	for (i = 0; i < LEAK_ROUNDS; i++) {
+		vm_userfault_arm(state.vm, LEAK_START, LEAK_SIZE);
+		fd = vm_create_userfault_fd(state.vm);
+		vm_userfault_disable(state.vm);
+		kvm_close(fd);
+		vm_userfault_enable_async(state.vm, 0);
+	}
+	assert_no_leak(before, LEAK_ROUNDS);
+	kvm_vm_free(state.vm);
+}
+
 /*
  * One thread of the VMM is killed. Threads of a process die together, so this one is
  * a process that shares the memory, and thus can use the VM.

@@ -1324,14 +1324,48 @@ static void check_huge_mappings(void)
 	TEST_ASSERT(exits < nr_pages / 16, "Huge pages are not mapped as such");
 }
 
+/* Has every thread done what it is there for? */
+static bool all_took_part(void)
+{
+	int i;
+
+	for (i = 0; i < nr_vcpus; i++) {
+		if (!READ_ONCE(vcpu_workers[i].nr_userfaults))
+			return false;
+	}
+
+	return READ_ONCE(nr_armed) && READ_ONCE(nr_dropped) && READ_ONCE(nr_resolved) &&
+	       READ_ONCE(nr_toggles) && READ_ONCE(nr_slot_ops);
+}
+
+/* On a slow machine some of them may take longer. */
+static void watch_all(u64 msecs)
+{
+	int i;
+
+	watch_for(msecs);
+	for (i = 0; i < 30 && !all_took_part(); i++)
+		watch_for(1000);
+
+	TEST_ASSERT(all_took_part(), "There is no race:\n"
+		    "  %lu armed, %lu dropped, %lu resolved, %lu times off and on, %lu slot operations",
+		    nr_armed, nr_dropped, nr_resolved, nr_toggles, nr_slot_ops);
+}
+
 static void run_race(u64 msecs)
 {
 	int i;
 
 	nr_samples = 0;
 	nr_huge_samples = 0;
+	nr_armed = 0;
+	nr_dropped = 0;
+	nr_resolved = 0;
+	nr_toggles = 0;
+	nr_slot_ops = 0;
 	WRITE_ONCE(stop_workers, false);
 	for (i = 0; i < nr_vcpus; i++) {
+		vcpu_workers[i].nr_userfaults = 0;
 		WRITE_ONCE(vcpu_workers[i].guest->cmd_page, CMD_END);
 		vcpu_workers[i].op = race_vcpu;
 		vcpu_workers[i].progress = &vcpu_workers[i].guest->progress;
@@ -1343,7 +1377,7 @@ static void run_race(u64 msecs)
 	start_mutator("toggler", 0, race_toggler);
 	start_mutator("slots", 0, race_slots);
 
-	watch_for(msecs);
+	watch_all(msecs);
 
 	stop_mutators();
 	WRITE_ONCE(shared->stop, true);

@@ -794,23 +794,6 @@ FIXTURE_TEARDOWN(memory)
 	kvm_vm_free(self->vm);
 }
 
-/*
- * Position independent, and so small that its code can be copied without
- * knowing its size.
- */
-static noinline u64 guest_payload(u64 arg)
-{
-	return arg * 3 + 1;
-}
-
-#define PAYLOAD_SIZE	64
-
-static void put_payload(void *hva)
-{
-	memcpy(hva, guest_payload, PAYLOAD_SIZE);
-	__builtin___clear_cache(hva, hva + PAYLOAD_SIZE);
-}
-
 /* Each kind of access, each of them to a page of its own, is reported as such. */
 static void assert_every_access_is_reported(struct kvm_vcpu *vcpu, void *hva)
 {
@@ -833,7 +816,7 @@ static void assert_every_access_is_reported(struct kvm_vcpu *vcpu, void *hva)
 
 	agent_expect_userfault(vcpu, AGENT_EXEC, page_gpa(2), 11, page_gpa(2),
 			       USERFAULT_EXEC);
-	put_payload(hva + 2 * page_size);
+	agent_put_code(hva + 2 * page_size);
 	vm_userfault_clear(vcpu->vm, page_gpa(2), page_size);
 	TEST_ASSERT_EQ(agent_finish(vcpu), 34);
 }
@@ -846,7 +829,7 @@ userfault_test(memory, every_access_is_reported)
 /* The same once it is mapped: arming must take it away again. */
 userfault_test(memory, every_access_is_reported_once_mapped)
 {
-	put_payload(self->hva + 2 * page_size);
+	agent_put_code(self->hva + 2 * page_size);
 	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_CHECK, page_gpa(0), 2), 0);
 	agent_do(self->vcpu, AGENT_WRITE, page_gpa(1), agent_page_content(page_gpa(1)));
 	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_EXEC, page_gpa(2), 1), 4);

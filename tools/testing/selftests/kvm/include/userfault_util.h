@@ -105,6 +105,10 @@ enum agent_exit {
 };
 
 void agent_guest_code(u32 vcpu_id);
+
+/* Put a function at @hva, for AGENT_EXEC, that returns 3 * @arg + 1. */
+void agent_put_code(void *hva);
+
 struct kvm_vm *agent_create_vm(struct vm_shape shape, u32 nr_vcpus,
 			       struct kvm_vcpu *vcpus[]);
 

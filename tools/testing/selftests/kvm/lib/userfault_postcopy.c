@@ -219,10 +219,13 @@ int postcopy_connect(const struct postcopy_address *address)
 
 int postcopy_accept(int listener)
 {
+	struct pollfd pollfd = { .fd = listener, .events = POLLIN };
 	struct sockaddr_storage addr;
 	socklen_t size = sizeof(addr);
-	int sock = accept(listener, (void *)&addr, &size);
+	int sock;
 
+	TEST_ASSERT(poll(&pollfd, 1, TIMEOUT_MS) == 1, "Nobody connects");
+	sock = accept(listener, (void *)&addr, &size);
 	TEST_ASSERT(sock >= 0, "accept() failed, errno %d", errno);
 	socket_setup(sock, addr.ss_family == AF_INET);
 

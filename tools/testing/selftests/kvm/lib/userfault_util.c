@@ -151,6 +151,23 @@ void agent_guest_code(u32 vcpu_id)
 	}
 }
 
+/*
+ * Position independent, and so small that its code can be copied without
+ * knowing its size.
+ */
+static noinline u64 guest_payload(u64 arg)
+{
+	return arg * 3 + 1;
+}
+
+#define PAYLOAD_SIZE	64
+
+void agent_put_code(void *hva)
+{
+	memcpy(hva, guest_payload, PAYLOAD_SIZE);
+	__builtin___clear_cache(hva, hva + PAYLOAD_SIZE);
+}
+
 struct kvm_vm *agent_create_vm(struct vm_shape shape, u32 nr_vcpus,
 			       struct kvm_vcpu *vcpus[])
 {

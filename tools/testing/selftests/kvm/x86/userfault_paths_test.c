@@ -922,6 +922,35 @@ userfault_test(paths, hyperv_hypercall_page)
 	TEST_ASSERT(*(u64 *)(self->hva + PAGE_SIZE), "The page was not written");
 }
 
+struct hv_send_ipi_args {
+	u32 vector;
+	u32 reserved;
+	u64 cpu_mask;
+};
+
+static u64 guest_hv_send_ipi(u64 gpa)
+{
+	return kvm_hypercall(0, 0, HVCALL_SEND_IPI, gpa, 0);
+}
+
+/* An IPI to nobody: what was in the page before is no valid vector. */
+userfault_test(paths, hyperv_hypercall_arguments)
+{
+	struct hv_send_ipi_args *args = self->hva + PAGE_SIZE;
+
+	if (!kvm_has_cap(KVM_CAP_HYPERV))
+		SKIP(return, "There is no Hyper-V emulation");
+
+	vcpu_set_hv_cpuid(self->vcpu);
+	vcpu_set_msr(self->vcpu, HV_X64_MSR_GUEST_OS_ID, HYPERV_LINUX_OS_ID);
+	vcpu_set_msr(self->vcpu, HV_X64_MSR_HYPERCALL, page_gpa(2) | 1);
+	warm_up(self);
+	args->vector = IRQ_VECTOR;
+	request_call(self, guest_hv_send_ipi, page_gpa(1));
+	expect_wait(self, page_gpa(1), USERFAULT_READ, finish_fn, self->vcpu);
+	TEST_ASSERT_EQ(agent_result(self->vcpu), 0);
+}
+
 userfault_test(paths, hyperv_tsc_page)
 {
 	if (!kvm_has_cap(KVM_CAP_HYPERV))
@@ -1328,6 +1357,66 @@ userfault_test(paths, xen_timer_that_fails)
 		    "The event was lost");
 }
 
+static u64 guest_wrmsr_xen_hypercall(u64 gpa)
+{
+	wrmsr(XEN_HYPERCALL_MSR, gpa);
+	return 0;
+}
+
+/* It is written piece by piece. */
+userfault_test(paths, xen_hypercall_page)
+{
+	u8 *code = self->hva + PAGE_SIZE;
+
+	if (!enable_xen(self))
+		SKIP(return, "There is no Xen emulation");
+
+	request_call(self, guest_wrmsr_xen_hypercall, page_gpa(1));
+	expect_wait(self, page_gpa(1), USERFAULT_WRITE, finish_fn, self->vcpu);
+	TEST_ASSERT(code[0] == 0xb8 && code[PAGE_SIZE - 1] == 0xcc,
+		    "The page was not written");
+}
+
+#define XEN_SCHED_OP		29
+#define XEN_SCHEDOP_POLL	3
+
+struct xen_sched_poll {
+	u64 ports;
+	u32 nr_ports;
+	u64 timeout;
+};
+
+static u64 guest_xen_poll(u64 arg)
+{
+	return __xen_hypercall(XEN_SCHED_OP, XEN_SCHEDOP_POLL, (void *)arg);
+}
+
+/* Both the arguments and the ports that they point to.  There is an event already. */
+userfault_test(paths, xen_poll)
+{
+	struct xen_sched_poll *poll = self->hva + 4 * PAGE_SIZE;
+	struct armed_page pages[2];
+	struct waiter waiter;
+	int i;
+
+	if (!enable_xen_events(self))
+		SKIP(return, "There is no Xen emulation");
+
+	send_xen_event_fn(self->vcpu);
+	poll->ports = page_gpa(5);
+	poll->nr_ports = 1;
+	*(u32 *)(self->hva + 5 * PAGE_SIZE) = XEN_PORT;
+	for (i = 0; i < ARRAY_SIZE(pages); i++)
+		arm(self, &pages[i], page_gpa(4 + i));
+
+	request_call(self, guest_xen_poll, page_gpa(4));
+	waiter_start(&waiter, finish_fn, self->vcpu);
+	for (i = 0; i < ARRAY_SIZE(pages); i++)
+		expect_access(self, &waiter, &pages[i], USERFAULT_READ, 0);
+	waiter_join(&waiter);
+	TEST_ASSERT_EQ(agent_result(self->vcpu), 0);
+}
+
 static bool enable_xen_events_by_hva(paths_data *self)
 {
 	struct kvm_xen_vcpu_attr vcpu_info = {
@@ -1633,6 +1722,36 @@ userfault_test(paths, xen_event_from_an_irqfd_while_halted)
 	sync_global_from_guest(self->vm, guest_saw_irq);
 	TEST_ASSERT(guest_saw_irq, "The event was lost");
 	kvm_close(fd);
+}
+
+/*
+ * Prefetching.
+ */
+
+/* What the guest has not asked for yet is not waited for. */
+static void pre_fault_armed_page(paths_data *self)
+{
+	struct kvm_pre_fault_memory range = { .gpa = page_gpa(1), .size = PAGE_SIZE };
+	int ret;
+
+	vm_userfault_arm(self->vm, page_gpa(1), PAGE_SIZE);
+	do {
+		ret = __vcpu_ioctl(self->vcpu, KVM_PRE_FAULT_MEMORY, &range);
+	} while (ret && errno == EINTR);
+
+	TEST_ASSERT(ret == -1 && errno == EFAULT, KVM_IOCTL_ERROR(KVM_PRE_FAULT_MEMORY, ret));
+	TEST_ASSERT_EQ(range.gpa, page_gpa(1));
+	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_records), 0);
+}
+
+userfault_test(paths, pre_fault_does_not_wait)
+{
+	if (!kvm_has_cap(KVM_CAP_PRE_FAULT_MEMORY) || !kvm_is_tdp_enabled())
+		SKIP(return, "KVM_PRE_FAULT_MEMORY is not available");
+
+	pre_fault_armed_page(self);
+	enable_async_vcpu(self);
+	pre_fault_armed_page(self);
 }
 
 /*
