@@ -21,6 +21,9 @@ bool kvm_arch_supports_userfault(struct kvm *kvm);
 void kvm_arch_userfault_recover(struct kvm *kvm, const struct kvm_memory_slot *slot,
 				gfn_t start, gfn_t end);
 
+/* Forget the I/O that @vcpu waits for userspace to do, if any. */
+void kvm_arch_userfault_cancel_io(struct kvm_vcpu *vcpu);
+
 #ifdef CONFIG_KVM_USERFAULT
 
 /* Flags of KVM_CAP_USERFAULT that @kvm, or some VM if NULL, supports. */

@@ -453,7 +453,8 @@ static int kvm_userfault_wait_access(struct kvm *kvm,
 	};
 	int r;
 
-	if (!uf)
+	/* Userfault may have been disabled, and enabled anew without ASYNC. */
+	if (!uf || !kvm_userfault_is_async(uf))
 		return 0;
 
 	if (kvm_mem_is_private(kvm, gfn))
@@ -513,24 +514,41 @@ bool __kvm_vcpu_userfault_exit(struct kvm_vcpu *vcpu, gfn_t gfn, bool is_write)
 }
 EXPORT_SYMBOL_FOR_KVM_INTERNAL(__kvm_vcpu_userfault_exit);
 
+static int kvm_userfault_interrupt(struct kvm_vcpu *vcpu)
+{
+	vcpu->run->exit_reason = KVM_EXIT_INTR;
+	return -EINTR;
+}
+
 static int kvm_userfault_wait_vcpu(struct kvm_userfault *uf, struct kvm_vcpu *vcpu,
 				   const struct kvm_userfault_event *event)
 {
-	int r = -EINTR;
+	int r;
 
 	lockdep_assert_held(&vcpu->mutex);
 
-	if (!READ_ONCE(vcpu->run->immediate_exit__unsafe)) {
-		++vcpu->stat.generic.userfault_waits;
-		kvm_sigset_activate(vcpu);
-		r = kvm_userfault_wait(uf, event, TASK_INTERRUPTIBLE);
-		kvm_sigset_deactivate(vcpu);
-	}
+	if (READ_ONCE(vcpu->run->immediate_exit__unsafe))
+		return kvm_userfault_interrupt(vcpu);
 
-	if (r == -EINTR)
-		vcpu->run->exit_reason = KVM_EXIT_INTR;
+	++vcpu->stat.generic.userfault_waits;
+	kvm_sigset_activate(vcpu);
+	r = kvm_userfault_wait(uf, event, TASK_INTERRUPTIBLE);
+	kvm_sigset_deactivate(vcpu);
 
-	return r;
+	return r == -EINTR ? kvm_userfault_interrupt(vcpu) : r;
+}
+
+/*
+ * Where userspace is the interrupt controller, vcpu->run has news for it when KVM_RUN
+ * would return, e.g. of the line of a timer, and the vCPU relies on these being looked
+ * at.
+ */
+static int kvm_userfault_end_wait(struct kvm_vcpu *vcpu)
+{
+	if (kvm_arch_irqchip_in_kernel(vcpu->kvm))
+		return 0;
+
+	return kvm_userfault_interrupt(vcpu);
 }
 
 /* Tell userspace why KVM_RUN fails. */
@@ -544,6 +562,11 @@ static void kvm_userfault_exit(struct kvm_vcpu *vcpu,
 	trace_kvm_userfault_exit(vcpu->vcpu_id, gpa_to_gfn(event->gpa), event->flags);
 }
 
+static bool kvm_userfault_is_async_vcpu(struct kvm_userfault *uf)
+{
+	return uf->flags & KVM_USERFAULT_ASYNC_VCPU;
+}
+
 static bool kvm_userfault_vcpus_exit(struct kvm *kvm)
 {
 	struct kvm_userfault *uf;
@@ -551,21 +574,28 @@ static bool kvm_userfault_vcpus_exit(struct kvm *kvm)
 	guard(rcu)();
 
 	uf = kvm_userfault_rcu(kvm);
-	return uf && !(uf->flags & KVM_USERFAULT_ASYNC_VCPU);
+	return uf && !kvm_userfault_is_async_vcpu(uf);
 }
 
 /* Wait for the page that vcpu->userfault is about, if that is what vCPUs do. */
 static int kvm_userfault_wait_or_exit(struct kvm_vcpu *vcpu)
 {
 	struct kvm_userfault *uf __free(kvm_userfault_put) = NULL;
+	int r = 0;
 
 	/* To exit takes no reference, which all vCPUs would contend for. */
 	if (kvm_userfault_vcpus_exit(vcpu->kvm))
 		return -EFAULT;
 
-	/* If userfault has been disabled no page is armed: run the vCPU again. */
+	/*
+	 * If userfault has been disabled no page is armed: run the vCPU again.  It
+	 * finds out by itself if userfault has been enabled anew, for vCPUs to exit.
+	 */
 	uf = kvm_userfault_get(vcpu->kvm);
-	return uf ? kvm_userfault_wait_vcpu(uf, vcpu, &vcpu->userfault) : 0;
+	if (uf && kvm_userfault_is_async_vcpu(uf))
+		r = kvm_userfault_wait_vcpu(uf, vcpu, &vcpu->userfault);
+
+	return r ?: kvm_userfault_end_wait(vcpu);
 }
 
 /* Forget what vcpu->userfault says, as it has been reported. */
@@ -596,6 +626,10 @@ void __kvm_userfault_end_ioctl(struct kvm_vcpu *vcpu, int *r)
 bool __kvm_userfault_run_again(struct kvm_vcpu *vcpu, int *r)
 {
 	bool again = false;
+
+	/* It isn't going to be completed either. */
+	if (vcpu->userfault_error)
+		kvm_arch_userfault_cancel_io(vcpu);
 
 	if (vcpu->userfault_error || *r == -EFAULT) {
 		*r = vcpu->userfault_error ?: kvm_userfault_wait_or_exit(vcpu);

@@ -540,6 +540,62 @@ userfault_test(paths, failed_ioctl_does_not_fail_kvm_run)
 	TEST_ASSERT_EQ(vcpu_get_stat(self->vcpu, userfault_exits), 0);
 }
 
+/*
+ * An interrupt controller in userspace.
+ */
+
+FIXTURE(no_vgic) {
+	struct kvm_vcpu *vcpu;
+	struct kvm_vm *vm;
+	void *hva;
+	int fd;
+};
+
+#define no_vgic_data FIXTURE_DATA(no_vgic)
+
+FIXTURE_SETUP(no_vgic)
+{
+	if (!kvm_has_cap(KVM_CAP_ARM_USER_IRQ))
+		SKIP(return, "KVM does not report lines to userspace");
+
+	test_disable_default_vgic();
+	self->vm = agent_create_vm(VM_SHAPE_DEFAULT, 1, &self->vcpu);
+	self->hva = agent_add_memory(self->vm, VM_MEM_SRC_ANONYMOUS, AGENT_GPA, AGENT_SLOT,
+				     1, 0);
+	vm_userfault_enable_async(self->vm, KVM_USERFAULT_ASYNC_VCPU);
+	self->fd = vm_create_userfault_fd(self->vm);
+}
+
+FIXTURE_TEARDOWN(no_vgic)
+{
+	kvm_close(self->fd);
+	kvm_vm_free(self->vm);
+}
+
+static void run_interrupted_fn(void *arg)
+{
+	struct kvm_vcpu *vcpu = arg;
+	int ret = __vcpu_run(vcpu);
+
+	TEST_ASSERT(ret == -1 && errno == EINTR, KVM_IOCTL_ERROR(KVM_RUN, ret));
+	TEST_ASSERT_KVM_EXIT_REASON(vcpu, KVM_EXIT_INTR);
+}
+
+/* It has to see the lines that KVM has reported when the wait began. */
+userfault_test(no_vgic, wait_of_a_vcpu_ends_in_userspace)
+{
+	struct armed_page page;
+	struct waiter waiter;
+
+	armed_page_init(&page, self->vm, AGENT_GPA);
+	agent_request(self->vcpu, AGENT_READ, AGENT_GPA, 0);
+	waiter_start(&waiter, run_interrupted_fn, self->vcpu);
+	armed_page_expect_access(&page, self->fd, &waiter, USERFAULT_READ, self->vcpu->id, 0);
+	waiter_join(&waiter);
+	TEST_ASSERT_EQ(vcpu_get_stat(self->vcpu, userfault_waits), 1);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), agent_page_content(AGENT_GPA));
+}
+
 int main(int argc, char *argv[])
 {
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_USERFAULT) & KVM_USERFAULT_ASYNC);

@@ -2041,6 +2041,32 @@ userfault_test(paths, failed_copy_from_mmio)
 	assert_still_at(self, guest_movs_from_mmio);
 }
 
+/* Nor does KVM take what tells of the failure for the data of MMIO. */
+userfault_test(paths, failed_read_is_not_completed)
+{
+	struct kvm_vcpu *vcpu = self->vcpu;
+	u64 *word = self->hva + PAGE_SIZE;
+	int ret;
+
+	if (!is_forced_emulation_enabled)
+		SKIP(return, "kvm.force_emulation_prefix is needed");
+
+	request_call(self, guest_emulated_read, page_gpa(1));
+	expect_failure(self, page_gpa(1), FAILED_READ);
+	*word = 0x600d;
+	vm_userfault_clear(self->vm, page_gpa(1), PAGE_SIZE);
+
+	/* When state is to be saved, all that is pending gets completed first. */
+	vcpu->run->immediate_exit = 1;
+	ret = __vcpu_run(vcpu);
+	TEST_ASSERT(ret == -1 && errno == EINTR, KVM_IOCTL_ERROR(KVM_RUN, ret));
+	assert_still_at(self, guest_emulated_read);
+
+	vcpu->run->immediate_exit = 0;
+	finish_fn(vcpu);
+	TEST_ASSERT_EQ(agent_result(vcpu), 0x600d);
+}
+
 /* No page fault. */
 userfault_test(paths, failed_walk)
 {
