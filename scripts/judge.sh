@@ -79,7 +79,29 @@ output() { awk -v n="$2" '/^(not )?ok / { done++; next } done == n - 1' "$LOGS/$
 
 # emulated BOOT N: may the emulation be to blame that the N-th test did not pass? It is
 # known to shut down a guest, or to end or hang the machine, when there is no result.
-emulated() { [ -z "$(outcome "$1" "$2")" ] || output "$1" "$2" | grep -q SHUTDOWN; }
+# A guest must have shut down in each part of the test that failed. Its being wanted
+# and not seen is another failure.
+emulated()
+{
+	local line
+
+	line=$(outcome "$1" "$2")
+	[ -z "$line" ] || output "$1" "$2" | awk -v parts="$([[ $line != *"# exit=1" ]] || echo y)" '
+		{ sub(/Wanted KVM exit reason: [0-9]* \(SHUTDOWN\)/, "") }
+		/SHUTDOWN/ { shut = 1 }
+		/^# (not )?ok [0-9]/ {
+			if ($2 == "not") {
+				failed++
+				other += !shut
+			}
+			shut = 0
+		}
+		# The status tells that parts failed, or how all of it ended after them.
+		END { exit other || (!shut && !(parts && failed)) }'
+}
+
+# number BOOT TEST: which of the tests of that boot it is.
+number() { test=$2 awk '{ sub(/^[0-9]+ /, "") } $0 == ENVIRON["test"] { print NR; exit }' "$LOGS/$1.list"; }
 
 # again BOOT LIST [KERNEL-PARAMETER...]: QEMU's emulation of what KVM needs is not
 # perfect: once in some hundred runs of a test a guest or the machine shuts down
@@ -128,11 +150,12 @@ judge()
 		[[ $test != mm/* ]] || continue
 		line=$(outcome "$boot" $n)
 		if [[ $line != ok* ]] && [ -e "$LOGS/$boot-again.list" ] && emulated "$boot" $n; then
+			why=${line:+a guest had shut down}
 			boot=$first-again
-			n=$(test=$test awk '{ sub(/^[0-9]+ /, "") } $0 == ENVIRON["test"] { print NR; exit }' \
-				"$LOGS/$boot.list")
+			n=$(number "$boot" "$test")
 			line=$(outcome "$boot" "$n")
-			[[ $line != ok* ]] || result flaky "$first: $test" "passed when run again"
+			[[ $line != ok* ]] ||
+				result flaky "$first: $test" "passed when run again, after ${why:-it had no result}"
 		fi
 		! grep -q " $test\$" <<< "$control" || line="$line (control)"
 		case $first:$line in
@@ -176,42 +199,41 @@ judge()
 	done
 }
 
-# digest BOOT TEST: how that test ended, and what it said of each of its parts.
+# digest BOOT N: how that test ended, and what it said of each of its parts.
 digest()
 {
-	local n
-
-	n=$(test=$2 awk '{ sub(/^[0-9]+ /, "") } $0 == ENVIRON["test"] { print NR; exit }' "$LOGS/$1.list")
-	awk -v n="$n" '
-		/^(not )?ok / {
-			if (++done == n) {
-				print $1 == "ok" ? (/# SKIP/ ? "skip" : "pass") : "fail"
-				exit
-			}
-			next
-		}
-		done == n - 1 && /^# (not )?ok / { print }' "$LOGS/$1.tap"
+	outcome "$1" "$2" | sed 's/^ok .*# SKIP.*/ended: skip/; s/^ok .*/ended: pass/; s/^not ok .*/ended: fail/'
+	subtests "$1" "$2"
 }
 
 # compare_mm ARCH: the tests of set 'mm' must do with the series what they do without.
+# What both kernels skip is tested nowhere, and what fails on both is no pass.
 compare_mm()
 {
-	local test before after what
+	local test n before after what verdict sub why
 
 	while read -r _ test; do
-		before=$(digest "$1-unpatched" "$test") after=$(digest "$1" "$test")
-		if [[ -z $before || $before != "$after" ]]; then
+		before=$(digest "$1-unpatched" "$(number "$1-unpatched" "$test")")
+		n=$(number "$1" "$test")
+		after=$(digest "$1" "$n")
+		if [[ $before != "ended: "* || $before != "$after" ]]; then
 			what=$({ diff <(echo "$before") <(echo "$after") || true; } | grep -m1 '^[<>]' ||
 				echo "did not finish")
 			result fail "$1: $test" "$what (< without the series)"
 			continue
 		fi
-		# What both kernels skip is tested nowhere, and what fails on both is no pass.
-		case ${after##*$'\n'} in
-		skip)	skipped "$1" "$test" "" "on the unpatched kernel, too" ;;
-		fail)	result fail "$1: $test" "fails, also without the series" ;;
-		*)	result pass "$1: $test: $(wc -l <<< "$after") results as without the series" ;;
+		case ${after%%$'\n'*} in
+		*pass)	result pass "$1: $test: as without the series" ;;
+		*skip)	skipped "$1" "$test" "" "on the unpatched kernel, too" ;;
+		*)	result fail "$1: $test" "fails, also without the series" ;;
 		esac
+		while read -r verdict sub why; do
+			case $verdict in
+			skip)	skipped "$1" "$test" "$sub" "on the unpatched kernel, too${why:+: $why}" ;;
+			fail)	result fail "$1: $test: $sub" "fails, also without the series" ;;
+			*)	result pass "$1: $test: $sub" ;;
+			esac
+		done < <(subtests "$1" "$n")
 	done < <(table "$1" mm)
 }
 
