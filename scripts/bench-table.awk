@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # bench-table.awk: results.csv of scripts/bench to a table that sets each figure
-# against its aim. A figure that was not measured leaves no line.
+# against its aim. A figure that was not measured meets none. Variable arch tells which
+# of them there have to be.
 
 NR > 1 {
 	key = $1 "," $2 "," $3 "," $4
@@ -11,7 +12,7 @@ NR > 1 {
 	if ($1 == "counts" && ($4 ~ /^lock:/ || $4 ~ /^contended:/))
 		locks[$2 "," $3 "," $4] = $6
 	if ($4 ~ /^lock:/)
-		lockstat = 1
+		lockstat[$2] = 1
 	if ($4 ~ /^contended:/)
 		contended[$2] += $6
 }
@@ -31,9 +32,20 @@ function verdict(good) {
 	return good ? "met" : "MISSED"
 }
 
+function figure(key) { return has(key) ? sprintf("%.0f", value[key]) : "absent" }
+
+# Are two figures there? Otherwise there is a line that says which is not.
+function both(what, a, b, aim) {
+	if (has(a) && has(b) && value[b])
+		return 1
+	line(what, figure(a), figure(b), "", aim, "ABSENT")
+	lacking++
+	return 0
+}
+
 # Two figures, whose ratio must be limit at most.
 function ratio(what, a, b, limit,    r) {
-	if (!has(a) || !has(b) || !value[b])
+	if (!both(what, a, b, limit ? "<= " limit : ""))
 		return
 	r = value[a] / value[b]
 	line(what, sprintf("%.0f", value[a]), sprintf("%.0f", value[b]), sprintf("%.3f", r),
@@ -46,32 +58,38 @@ function ratio(what, a, b, limit,    r) {
 
 # Two figures that have to be the same.
 function all(what, a, b) {
-	if (has(a) && has(b))
-		line(what, sprintf("%.0f", value[a]), sprintf("%.0f", value[b]),
-		     sprintf("%.0f %%", value[a] * 100 / value[b]), "100 %", verdict(value[a] == value[b]))
+	if (both(what, a, b, "100 %"))
+		line(what, figure(a), figure(b), sprintf("%.0f %%", value[a] * 100 / value[b]), "100 %",
+		     verdict(value[a] == value[b]))
 }
 
 # A count per fault, which is nothing if rounded to one decimal. What was not counted
 # since the last of these lines is not nothing.
 function nothing(what, a) {
-	if (absent)
-		line(what, "", "", "no figure", "0", verdict(0))
-	else
+	if (absent) {
+		line(what, "", "", "absent", "0", "ABSENT")
+		lacking++
+	} else
 		line(what, "", "", sprintf("%.3f", a), "0", verdict(a < 0.05 && a > -0.05))
 	absent = 0
 }
 
 function counted(thing, metric,    key) {
 	key = "counts," thing ",8," metric
-	if (!has(key))
+	if (!has(key)) {
 		absent++
+		return 0
+	}
 	return value[key]
 }
 
 function shown(thing, metric,    key) {
 	key = "counts," thing ",8," metric
-	return has(key) ? sprintf("%.3f", value[key]) : "-"
+	return has(key) ? sprintf("%.3f", value[key]) : "absent"
 }
+
+# Locks that nobody waited for have no line.
+function waited(thing) { return thing in lockstat ? sprintf("%.3f", contended[thing]) : "absent" }
 
 function allocations(thing) {
 	return counted(thing, "kmallocs") + counted(thing, "slab_allocs") + counted(thing, "page_allocs")
@@ -79,6 +97,8 @@ function allocations(thing) {
 
 # Exclusive locks that are of the feature, or that it was not to take.
 function own_locks(thing, kind,    k, sum) {
+	if (!(thing in lockstat))
+		absent++
 	for (k in locks) {
 		if (index(k, thing ",8," kind ":") == 1 &&
 		    (k ~ /uf->|bucket/ || k ~ /slots_lock/ || k ~ /mmu_lock.*-W/ || k ~ /userfault/))
@@ -116,49 +136,51 @@ END {
 
 	a = "series,arm,64,cost"
 	p = "series,private,64,cost"
-	if (has(a) && has(p)) {
+	what = "PRIVATE : arming, 64 GiB"
+	if (both(what, p, a, ">= 5000")) {
 		r = value[p] / value[a]
-		line("PRIVATE : arming, 64 GiB", sprintf("%.3g", value[p]), sprintf("%.3g", value[a]),
+		line(what, sprintf("%.3g", value[p]), sprintf("%.3g", value[a]),
 		     sprintf("%.0f", r), ">= 5000", verdict(r >= 5000))
 	}
 	a = "series,arm,64,bitmap_bytes"
-	if (has(a))
-		line("memory to arm 64 GiB, and slab for PRIVATE, KiB", sprintf("%.0f", value[a] / 1024),
-		     sprintf("%.0f", value["series,private,64,slab_bytes"] / 1024), "", "<= 2048",
-		     verdict(value[a] <= 2097152))
+	p = "series,private,64,slab_bytes"
+	what = "memory to arm 64 GiB, and slab for PRIVATE, KiB"
+	if (both(what, a, p, "<= 2048"))
+		line(what, sprintf("%.0f", value[a] / 1024), sprintf("%.0f", value[p] / 1024), "",
+		     "<= 2048", verdict(value[a] <= 2097152))
 
-	a = "series,huge,1,pages_2m_"
-	all("pages_2m after disabling, and never used", a "disabled", a "never")
-	all("pages_2m of clean blocks, and their number", a "clean_blocks", "series,huge,1,clean_blocks")
+	if (arch == "x86_64") {
+		a = "series,huge,1,pages_2m_"
+		all("pages_2m after disabling, and never used", a "disabled", a "never")
+		all("pages_2m of clean blocks, and their number", a "clean_blocks", "series,huge,1,clean_blocks")
+	}
 
 	ratio("demand_paging_test, series : unpatched", "series,demand_paging_test,1,total",
 	      "unpatched,demand_paging_test,1,total", 1.005)
 	ratio("plain fault, series : unpatched", cost("plain", 1), "unpatched,plain,1,cost", 1.005)
 	printf "Worst spread of these, largest less smallest value: %.2f %%\n", worst
 
-	if (has("counts,exit,8,syscalls")) {
-		print ""
-		line("counts per userfault exit, 8 vCPUs on 2 CPUs", "", "", "figure", "aim", "")
-		nothing("context switches of its own accord", counted("exit", "own_switches"))
-		nothing("system calls but KVM_RUN", counted("exit", "syscalls") - counted("exit", "kvm_run_calls"))
-		if (lockstat) {
-			nothing("exclusive locks of the feature", own_locks("exit", "lock"))
-			nothing("contended locks of the feature", own_locks("exit", "contended"))
-		}
-		nothing("allocations more than a plain fault", allocations("exit") - allocations("plain"))
-		nothing("IPIs", counted("exit", "ipis") + counted("exit", "ipi_masks"))
-		print ""
-		printf "%-24s %10s %10s %10s %10s\n", "counts per fault", "plain", "exit", "queue", "uffd"
-		n = split("vm_exits kvm_run_calls syscalls switches kmallocs slab_allocs page_allocs ipis", m, " ")
-		for (i = 1; i <= n; i++)
-			printf "%-24s %10s %10s %10s %10s\n", m[i], shown("plain", m[i]),
-				shown("exit", m[i]), shown("queue", m[i]), shown("uffd", m[i])
-		# The tracepoint has every mutex that lockstat makes go the slow way.
-		if (lockstat)
-			printf "%-24s %10.3f %10.3f %10.3f %10.3f\n", "contended locks", contended["plain"],
-				contended["exit"], contended["queue"], contended["uffd"]
-	}
+	print ""
+	line("counts per userfault exit, 8 vCPUs on 2 CPUs", "", "", "figure", "aim", "")
+	nothing("context switches of its own accord", counted("exit", "own_switches"))
+	nothing("system calls but KVM_RUN", counted("exit", "syscalls") - counted("exit", "kvm_run_calls"))
+	nothing("exclusive locks of the feature", own_locks("exit", "lock"))
+	nothing("contended locks of the feature", own_locks("exit", "contended"))
+	nothing("allocations more than a plain fault", allocations("exit") - allocations("plain"))
+	nothing("IPIs", counted("exit", "ipis") + counted("exit", "ipi_masks"))
+	print ""
+	printf "%-24s %10s %10s %10s %10s\n", "counts per fault", "plain", "exit", "queue", "uffd"
+	n = split("vm_exits kvm_run_calls syscalls switches kmallocs slab_allocs page_allocs ipis", m, " ")
+	for (i = 1; i <= n; i++)
+		printf "%-24s %10s %10s %10s %10s\n", m[i], shown("plain", m[i]),
+			shown("exit", m[i]), shown("queue", m[i]), shown("uffd", m[i])
+	# The tracepoint has every mutex that lockstat makes go the slow way.
+	printf "%-24s %10s %10s %10s %10s\n", "contended locks", waited("plain"), waited("exit"),
+		waited("queue"), waited("uffd")
 
 	print ""
-	print missed ? missed " missed" : "all met"
+	if (lacking)
+		print missed + 0 " missed, " lacking " absent"
+	else
+		print missed ? missed " missed" : "all met"
 }
