@@ -83,17 +83,23 @@ set_arch()
 	export KARCH IMAGE DEBARCH TRIPLET CPU QEMU CROSS
 }
 
+# compiler: the one for the architecture set, with ccache if there is one. A miss shall
+# cost no preprocessing of its own; what was built in another BUILD will do.
+compiler()
+{
+	! command -v ccache >/dev/null || printf 'ccache '
+	echo "${CROSS}gcc"
+}
+export CCACHE_DEPEND=1 CCACHE_BASEDIR=$BUILD CCACHE_NOHASHDIR=1
+
 # kmake TREE OUT ARGS...: make in a kernel tree for the architecture set.
 kmake()
 {
-	local tree=$1 out=$2 cc=${CROSS}gcc
+	local tree=$1 out=$2
 
 	shift 2
-	! command -v ccache >/dev/null || cc="ccache $cc"
-	# A miss shall cost no preprocessing of its own; another clone's objects will do.
-	export CCACHE_DEPEND=1 CCACHE_BASEDIR=$TOP CCACHE_NOHASHDIR=1
 	timeout --foreground 90m make -C "$tree" O="$out" ARCH="$KARCH" \
-		CROSS_COMPILE="$CROSS" CC="$cc" -j"$JOBS" "$@"
+		CROSS_COMPILE="$CROSS" CC="$(compiler)" -j"$JOBS" "$@"
 }
 
 # logged NAME COMMAND...: run with all output in build/logs/NAME.log, showing
