@@ -104,10 +104,10 @@ emulated()
 number() { test=$2 awk '{ sub(/^[0-9]+ /, "") } $0 == ENVIRON["test"] { print NR; exit }' "$LOGS/$1.list"; }
 
 # again BOOT LIST [KERNEL-PARAMETER...]: QEMU's emulation of what KVM needs is not
-# perfect: once in some hundred runs of a test a guest or the machine shuts down
+# perfect: once in some hundred runs of a test a guest shuts down, or the machine ends
 # or hangs. Under it, run what ended like that once more, if that is not much, in a
 # boot of its own; to pass then is told apart from passing at once. Any other failure
-# is final.
+# is final, and so is a time limit, for an access that nobody wakes runs into it, too.
 again()
 {
 	local boot=$1 arch=${1%%-*} n=0 secs test failed=0 list=$LOGS/$1-again.list
