@@ -1378,8 +1378,14 @@ static void dest_process(void)
 	dest_main();
 }
 
-/* Nothing in here takes that long; if something does, it hangs. */
-#define MIGRATION_TIMEOUT_SECS	(8 * USERFAULT_TIMEOUT_SECS)
+/*
+ * Who waits for the other side gives up sooner, and says for what.  The settings grant
+ * the whole program more if the memory is not larger than by default.
+ */
+static u64 migration_timeout_ms(void)
+{
+	return (3 * USERFAULT_TIMEOUT_SECS + opts.size / SZ_1M) * 1000;
+}
 
 static bool wait_for_process(pid_t pid, u64 end, int *status)
 {
@@ -1445,7 +1451,7 @@ static bool check_failure(void)
 
 static bool run_migration(void)
 {
-	u64 end = userfault_now_ms() + MIGRATION_TIMEOUT_SECS * 1000;
+	u64 end = userfault_now_ms() + migration_timeout_ms();
 	int source_status, dest_status;
 	pid_t source, dest;
 	bool ended;

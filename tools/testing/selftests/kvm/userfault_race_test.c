@@ -357,7 +357,33 @@ static bool pause_vcpus;
 /* Held for reading in KVM_PRE_FAULT_MEMORY, see slot_update(). */
 static pthread_rwlock_t pre_fault_lock;
 
-static u64 nr_armed, nr_dropped, nr_resolved, nr_toggles, nr_slot_ops;
+/* What there is to do in phase 2.  Without any of it there would be no race. */
+enum deed {
+	DEED_ARM,
+	DEED_DROP,
+	DEED_RESOLVE,
+	DEED_RESOLVE_FOR_VCPU,
+	DEED_TOGGLE,
+	DEED_DELETE_SLOT,
+	DEED_MOVE_SLOT,
+	DEED_TOGGLE_LOG,
+	DEED_GET_LOG,
+	NR_DEEDS,
+};
+
+static const char * const deed_names[] = {
+	[DEED_ARM]		= "pages armed",
+	[DEED_DROP]		= "pages dropped",
+	[DEED_RESOLVE]		= "pages resolved",
+	[DEED_RESOLVE_FOR_VCPU]	= "pages resolved for a vCPU that waits",
+	[DEED_TOGGLE]		= "times off and on",
+	[DEED_DELETE_SLOT]	= "memslots deleted",
+	[DEED_MOVE_SLOT]	= "memslots moved",
+	[DEED_TOGGLE_LOG]	= "times dirty logging switched",
+	[DEED_GET_LOG]		= "dirty logs read",
+};
+
+static u64 deeds[NR_DEEDS];
 static u64 nr_samples, nr_huge_samples;
 
 static void *page_hva(u64 page)
@@ -379,6 +405,11 @@ static struct kvm_random_state new_rng(u32 nr)
 {
 	/* The generator never leaves zero. */
 	return new_kvm_random_state((kvm_random_seed + nr * 0x9e3779b1u) % 0x7ffffffe + 1);
+}
+
+static void count_deeds(enum deed deed, u64 nr)
+{
+	__sync_fetch_and_add(&deeds[deed], nr);
 }
 
 static u64 random_below(struct worker *w, u64 limit)
@@ -458,7 +489,7 @@ static void drop_block(u64 first, u64 nr)
 			*page_own_word(first + page, i) = own[page * nr_vcpus + i];
 
 	free(own);
-	__sync_fetch_and_add(&nr_dropped, nr);
+	count_deeds(DEED_DROP, nr);
 }
 
 static bool can_drop(u64 first, u64 nr)
@@ -486,7 +517,7 @@ static void arm_pages(struct worker *w, u64 first, u64 nr)
 		drop_block(first, nr);
 	else
 		poison_pages(first, nr);
-	__sync_fetch_and_add(&nr_armed, nr);
+	count_deeds(DEED_ARM, nr);
 
 	unlock_range(first, nr);
 }
@@ -511,20 +542,23 @@ static u64 resolve_armed(struct worker *w, u64 first, u64 end)
 
 /*
  * Clear just what is armed: to clear a page twice might hide that it was not clear
- * after the first time.
+ * after the first time.  Returns the number of pages.
  */
-static void resolve_pages(struct worker *w, u64 first, u64 nr)
+static u64 resolve_pages(struct worker *w, u64 first, u64 nr)
 {
-	u64 page, nr_done;
+	u64 page, nr_done, sum = 0;
 
 	lock_range(w, first, nr, "waiting to resolve");
 
 	for (page = first; page < first + nr; page += nr_done + 1) {
 		nr_done = resolve_armed(w, page, first + nr);
-		__sync_fetch_and_add(&nr_resolved, nr_done);
+		sum += nr_done;
 	}
 
 	unlock_range(first, nr);
+
+	count_deeds(DEED_RESOLVE, sum);
+	return sum;
 }
 
 static void check_userfault_exit(struct worker *w)
@@ -959,7 +993,7 @@ static void race_filler(struct worker *w)
 			continue;
 
 		WRITE_ONCE(vcpu_workers[i].wanted, 0);
-		resolve_pages(w, wanted - 1, 1);
+		count_deeds(DEED_RESOLVE_FOR_VCPU, resolve_pages(w, wanted - 1, 1));
 	}
 
 	if (!random_below(w, 8)) {
@@ -996,7 +1030,7 @@ static void race_toggler(struct worker *w)
 	usleep(random_below(w, 3000));
 	w->doing = "enabling";
 	vm_userfault_enable(vm);
-	nr_toggles++;
+	count_deeds(DEED_TOGGLE, 1);
 
 	pthread_rwlock_unlock(&enabled_lock);
 }
@@ -1023,7 +1057,7 @@ static void slot_update(struct kvm_userspace_memory_region2 *region)
  * emulates accesses, have no vCPU in KVM_RUN meanwhile: a vCPU that found no
  * memslot ends up in the emulator, and if the memslot appears before the
  * emulator gets to the access, then it is KVM itself that accesses the page,
- * which is not intercepted.
+ * which is not intercepted without KVM_USERFAULT_ASYNC.
  */
 static void slot_insert(struct worker *w, struct kvm_userspace_memory_region2 *region)
 {
@@ -1046,9 +1080,11 @@ static void slot_remove(struct worker *w, const struct kvm_userspace_memory_regi
 	if (kvm_random_bool(&w->rng)) {
 		w->doing = "moving a memslot";
 		tmp.guest_phys_addr += 2 * nr_pages * page_size;
+		count_deeds(DEED_MOVE_SLOT, 1);
 	} else {
 		w->doing = "deleting a memslot";
 		tmp.memory_size = 0;
+		count_deeds(DEED_DELETE_SLOT, 1);
 	}
 	slot_update(&tmp);
 }
@@ -1061,6 +1097,7 @@ static void slot_get_dirty_log(struct worker *w, u32 slot)
 
 	w->doing = "getting the dirty log";
 	kvm_vm_get_dirty_log(vm, slot, bitmap);
+	count_deeds(DEED_GET_LOG, 1);
 	free(bitmap);
 }
 
@@ -1089,9 +1126,9 @@ static void race_slots(struct worker *w)
 		w->doing = "toggling dirty logging";
 		vm_mem_region_set_flags(vm, slot,
 					region->region.flags ^ KVM_MEM_LOG_DIRTY_PAGES);
+		count_deeds(DEED_TOGGLE_LOG, 1);
 		break;
 	}
-	nr_slot_ops++;
 
 	w->doing = "sleeping";
 	usleep(random_below(w, 20000));
@@ -1324,18 +1361,22 @@ static void check_huge_mappings(void)
 	TEST_ASSERT(exits < nr_pages / 16, "Huge pages are not mapped as such");
 }
 
-/* Has every thread done what it is there for? */
-static bool all_took_part(void)
+/* What nobody has done yet, or NULL. */
+static const char *missing_deed(void)
 {
 	int i;
 
 	for (i = 0; i < nr_vcpus; i++) {
 		if (!READ_ONCE(vcpu_workers[i].nr_userfaults))
-			return false;
+			return "userfault exits of a vCPU";
 	}
 
-	return READ_ONCE(nr_armed) && READ_ONCE(nr_dropped) && READ_ONCE(nr_resolved) &&
-	       READ_ONCE(nr_toggles) && READ_ONCE(nr_slot_ops);
+	for (i = 0; i < NR_DEEDS; i++) {
+		if (!READ_ONCE(deeds[i]))
+			return deed_names[i];
+	}
+
+	return NULL;
 }
 
 /* On a slow machine some of them may take longer. */
@@ -1344,12 +1385,10 @@ static void watch_all(u64 msecs)
 	int i;
 
 	watch_for(msecs);
-	for (i = 0; i < 30 && !all_took_part(); i++)
+	for (i = 0; i < 30 && missing_deed(); i++)
 		watch_for(1000);
 
-	TEST_ASSERT(all_took_part(), "There is no race:\n"
-		    "  %lu armed, %lu dropped, %lu resolved, %lu times off and on, %lu slot operations",
-		    nr_armed, nr_dropped, nr_resolved, nr_toggles, nr_slot_ops);
+	TEST_ASSERT(!missing_deed(), "There is no race: no %s", missing_deed());
 }
 
 static void run_race(u64 msecs)
@@ -1358,11 +1397,7 @@ static void run_race(u64 msecs)
 
 	nr_samples = 0;
 	nr_huge_samples = 0;
-	nr_armed = 0;
-	nr_dropped = 0;
-	nr_resolved = 0;
-	nr_toggles = 0;
-	nr_slot_ops = 0;
+	memset(deeds, 0, sizeof(deeds));
 	WRITE_ONCE(stop_workers, false);
 	for (i = 0; i < nr_vcpus; i++) {
 		vcpu_workers[i].nr_userfaults = 0;
@@ -1388,8 +1423,8 @@ static void run_race(u64 msecs)
 			vcpu_workers[i].nr_userfaults, vcpu_workers[i].nr_mmio);
 		TEST_ASSERT_EQ(vcpu_workers[i].guest->nr_no_slot, vcpu_workers[i].nr_no_slot);
 	}
-	pr_info("Race: %lu pages armed, %lu dropped, %lu resolved, %lu times off and on, %lu slot operations\n",
-		nr_armed, nr_dropped, nr_resolved, nr_toggles, nr_slot_ops);
+	for (i = 0; i < NR_DEEDS; i++)
+		pr_info("Race: %lu %s\n", deeds[i], deed_names[i]);
 	if (nr_samples)
 		pr_info("Race: huge mappings in %lu of %lu samples\n",
 			nr_huge_samples, nr_samples);
