@@ -407,10 +407,16 @@ static void vmm_fn(int sock, u64 what)
 	stop(sock);
 }
 
+static void poll_fn(void *arg)
+{
+	TEST_ASSERT_EQ(poll(arg, 1, -1), 1);
+}
+
 static void test_vmm(u64 what, bool read_records, bool close_first)
 {
 	struct kvm_userfault_event event;
-	struct pollfd pollfd = { .events = POLLIN };
+	struct pollfd pollfd = {};
+	struct waiter poller;
 	struct process vmm;
 	int fds[2], i;
 
@@ -425,11 +431,17 @@ static void test_vmm(u64 what, bool read_records, bool close_first)
 		return;
 	}
 
+	/* Whoever does not care about records sleeps until the end. */
+	pollfd.fd = fds[0];
+	waiter_start(&poller, poll_fn, &pollfd);
+	waiter_assert_asleep(&poller);
 	process_kill(&vmm);
 
 	/* Userfault goes with the process, though a bit later at times. */
-	pollfd.fd = fds[0];
-	userfault_wait_until(poll(&pollfd, 1, 0) == 1 && pollfd.revents & POLLHUP);
+	waiter_join(&poller);
+	TEST_ASSERT_EQ(pollfd.revents, POLLHUP);
+	pollfd.events = POLLIN;
+	TEST_ASSERT_EQ(poll(&pollfd, 1, 0), 1);
 	TEST_ASSERT_EQ(pollfd.revents, POLLHUP);
 	TEST_ASSERT_EQ(read(fds[0], &event, sizeof(event)), 0);
 	TEST_ASSERT_EQ(__userfault_resolve(fds[0], AGENT_GPA, page_size, 0, 0), -1);

@@ -1724,6 +1724,59 @@ userfault_test(paths, xen_event_from_an_irqfd_while_halted)
 	kvm_close(fd);
 }
 
+static u64 guest_open_irq_window(u64 arg)
+{
+	asm volatile("sti; nop; cli" : : : "memory");
+	return READ_ONCE(guest_saw_irq);
+}
+
+/* Nothing makes the vCPU exit before the guest looks whether it got the upcall. */
+static bool guest_gets_upcall(paths_data *self)
+{
+	finish_fn(self->vcpu);
+	return agent_result(self->vcpu);
+}
+
+static void forget_xen_event(paths_data *self)
+{
+	guest_saw_irq = false;
+	sync_global_to_guest(self->vm, guest_saw_irq);
+	memset(self->hva + PAGE_SIZE, 0, 2 * PAGE_SIZE);
+}
+
+/* An event that is pending in the shared info reaches the guest at once, too. */
+userfault_test(paths, xen_upcall_that_fails_first)
+{
+	struct armed_page page;
+	int fails;
+
+	if (!enable_xen_events(self))
+		SKIP(return, "There is no Xen emulation");
+
+	vm_install_exception_handler(self->vm, IRQ_VECTOR, upcall_handler);
+	xen_set_vm_attr(self, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR,
+		.u.vector = IRQ_VECTOR,
+	});
+	request_call(self, guest_open_irq_window, 0);
+	TEST_ASSERT(!guest_gets_upcall(self), "There was no event");
+
+	for (fails = 0; fails < 2; fails++) {
+		forget_xen_event(self);
+		arm(self, &page, XEN_VCPU_INFO);
+		send_xen_event_fn(self->vcpu);
+		request_call(self, guest_open_irq_window, 0);
+		if (fails) {
+			kvm_close(self->fd);
+			assert_failed(self->vcpu, _vcpu_run(self->vcpu), EFAULT, XEN_VCPU_INFO,
+				      USERFAULT_WRITE | KVM_MEMORY_EXIT_FLAG_FAILED);
+			self->fd = vm_create_userfault_fd(self->vm);
+		}
+		fill(self, &page);
+		TEST_ASSERT(guest_gets_upcall(self), "The upcall came late, or never");
+	}
+}
+
 /*
  * Prefetching.
  */
