@@ -1540,7 +1540,9 @@ userfault_test(paths, xen_event_from_an_irqfd_while_running)
 	arm(self, &page, XEN_SHARED_INFO);
 	eventfd_write(fd, 1);
 	expect_access(self, &waiter, &page, USERFAULT_WRITE, 0);
-	userfault_wait_until(is_xen_event_pending(self));
+	/* The vCPU info is written last. */
+	userfault_wait_until(READ_ONCE(*(u8 *)(self->hva + 2 * PAGE_SIZE)));
+	TEST_ASSERT(is_xen_event_pending(self), "The event was lost");
 	stop_spinning(self, &waiter);
 	kvm_close(fd);
 }
