@@ -1698,6 +1698,15 @@ static void upcall_handler(struct ex_regs *regs)
 	WRITE_ONCE(guest_saw_irq, true);
 }
 
+static void enable_xen_upcall(paths_data *self)
+{
+	vm_install_exception_handler(self->vm, IRQ_VECTOR, upcall_handler);
+	xen_set_vm_attr(self, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR,
+		.u.vector = IRQ_VECTOR,
+	});
+}
+
 /* And it wakes the vCPU. */
 userfault_test(paths, xen_event_from_an_irqfd_while_halted)
 {
@@ -1708,11 +1717,7 @@ userfault_test(paths, xen_event_from_an_irqfd_while_halted)
 	if (!enable_xen_events(self))
 		SKIP(return, "There is no Xen emulation");
 
-	vm_install_exception_handler(self->vm, IRQ_VECTOR, upcall_handler);
-	xen_set_vm_attr(self, (struct kvm_xen_hvm_attr) {
-		.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR,
-		.u.vector = IRQ_VECTOR,
-	});
+	enable_xen_upcall(self);
 	add_xen_irqfds(self, &fd, 1);
 	request_call(self, guest_halt, 0);
 	waiter_start(&waiter, finish_fn, self->vcpu);
@@ -1728,7 +1733,7 @@ userfault_test(paths, xen_event_from_an_irqfd_while_halted)
 
 static u64 guest_open_irq_window(u64 arg)
 {
-	asm volatile("sti; nop; cli" : : : "memory");
+	sti_nop_cli();
 	return READ_ONCE(guest_saw_irq);
 }
 
@@ -1755,11 +1760,7 @@ userfault_test(paths, xen_upcall_that_fails_first)
 	if (!enable_xen_events(self))
 		SKIP(return, "There is no Xen emulation");
 
-	vm_install_exception_handler(self->vm, IRQ_VECTOR, upcall_handler);
-	xen_set_vm_attr(self, (struct kvm_xen_hvm_attr) {
-		.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR,
-		.u.vector = IRQ_VECTOR,
-	});
+	enable_xen_upcall(self);
 	request_call(self, guest_open_irq_window, 0);
 	TEST_ASSERT(!guest_gets_upcall(self), "There was no event");
 
