@@ -12,9 +12,9 @@ NR > 1 {
 	if ($1 == "counts" && ($4 ~ /^lock:/ || $4 ~ /^contended:/))
 		locks[$2 "," $3 "," $4] = $6
 	if ($4 ~ /^lock:/)
-		lockstat[$2] = 1
+		lockstat[$2 "," $3] = 1
 	if ($4 ~ /^contended:/)
-		contended[$2] += $6
+		contended[$2 "," $3] += $6
 }
 
 function has(key) { return key in value }
@@ -22,8 +22,8 @@ function has(key) { return key in value }
 # The key of a cost on the series' kernel.
 function cost(thing, variant) { return "series," thing "," variant ",cost" }
 
-function line(what, left, right, figure, aim, good) {
-	printf "%-52s %12s %12s %10s  %-11s %s\n", what, left, right, figure, aim, good
+function line(what, left, right, figure, aim, good, range) {
+	printf "%-50s %11s %11s %9s %8s  %-8s %s\n", what, left, right, figure, range, aim, good
 }
 
 function verdict(good) {
@@ -43,17 +43,23 @@ function both(what, a, b, aim) {
 	return 0
 }
 
+# The larger spread of two figures.
+function range(a, b) {
+	return sprintf("%.2f %%", spread[a] > spread[b] ? spread[a] : spread[b])
+}
+
 # Two figures, whose ratio must be limit at most.
 function ratio(what, a, b, limit,    r) {
 	if (!both(what, a, b, limit ? "<= " limit : ""))
 		return
 	r = value[a] / value[b]
 	line(what, sprintf("%.0f", value[a]), sprintf("%.0f", value[b]), sprintf("%.3f", r),
-	     limit ? "<= " limit : "", limit ? verdict(r <= limit) : "")
-	if (spread[a] > worst)
-		worst = spread[a]
-	if (spread[b] > worst)
-		worst = spread[b]
+	     limit ? "<= " limit : "", limit ? verdict(r <= limit) : "", range(a, b))
+}
+
+# What guest_memfd_perf_test did to pages of one memory, against another thing or memory.
+function filling(what, memory, thing, memory2, thing2, limit) {
+	ratio(what, "series," memory ",1," thing, "series," memory2 ",1," thing2, limit)
 }
 
 # Two figures that have to be the same.
@@ -63,19 +69,22 @@ function all(what, a, b) {
 		     verdict(value[a] == value[b]))
 }
 
-# A count per fault, which is nothing if rounded to one decimal. What was not counted
-# since the last of these lines is not nothing.
-function nothing(what, a) {
+# Counts per fault, with 1, 8 and 64 vCPUs, which are nothing if rounded to one decimal.
+# What was not counted since the last of these lines is not nothing.
+function nothing(what, a,    i, good) {
+	good = 1
+	for (i = 1; i <= 3; i++)
+		good = good && a[i] < 0.05 && a[i] > -0.05
 	if (absent) {
 		line(what, "", "", "absent", "0", "ABSENT")
 		lacking++
 	} else
-		line(what, "", "", sprintf("%.3f", a), "0", verdict(a < 0.05 && a > -0.05))
+		line(what, sprintf("%.3f", a[1]), sprintf("%.3f", a[2]), sprintf("%.3f", a[3]), "0", verdict(good))
 	absent = 0
 }
 
-function counted(thing, metric,    key) {
-	key = "counts," thing ",8," metric
+function counted(thing, vcpus, metric,    key) {
+	key = "counts," thing "," vcpus "," metric
 	if (!has(key)) {
 		absent++
 		return 0
@@ -89,26 +98,50 @@ function shown(thing, metric,    key) {
 }
 
 # Locks that nobody waited for have no line.
-function waited(thing) { return thing in lockstat ? sprintf("%.3f", contended[thing]) : "absent" }
+function waited(thing) { return (thing ",8") in lockstat ? sprintf("%.3f", contended[thing ",8"]) : "absent" }
 
-function allocations(thing) {
-	return counted(thing, "kmallocs") + counted(thing, "slab_allocs") + counted(thing, "page_allocs")
+function allocations(thing, vcpus) {
+	return counted(thing, vcpus, "kmallocs") + counted(thing, vcpus, "slab_allocs") +
+		counted(thing, vcpus, "page_allocs")
 }
 
 # Exclusive locks that are of the feature, or that it was not to take.
-function own_locks(thing, kind,    k, sum) {
-	if (!(thing in lockstat))
+function own_locks(thing, vcpus, kind,    k, sum) {
+	if (!((thing "," vcpus) in lockstat))
 		absent++
 	for (k in locks) {
-		if (index(k, thing ",8," kind ":") == 1 &&
+		if (index(k, thing "," vcpus "," kind ":") == 1 &&
 		    (k ~ /uf->|bucket/ || k ~ /slots_lock/ || k ~ /mmu_lock.*-W/ || k ~ /userfault/))
 			sum += locks[k]
 	}
 	return sum
 }
 
+# Lines of counts that have to be nothing.
+function nothings(    i, v, own, syscalls, exclusive, waits, allocs, ipis) {
+	line("counts per userfault exit, vCPUs on 2 CPUs", "1", "8", "64", "aim", "")
+	for (i = 1; i <= 3; i++)
+		own[i] = counted("exit", vcpus[i], "own_switches")
+	nothing("context switches of its own accord", own)
+	for (i = 1; i <= 3; i++)
+		syscalls[i] = counted("exit", vcpus[i], "syscalls") - counted("exit", vcpus[i], "kvm_run_calls")
+	nothing("system calls but KVM_RUN", syscalls)
+	for (i = 1; i <= 3; i++)
+		exclusive[i] = own_locks("exit", vcpus[i], "lock")
+	nothing("exclusive locks of the feature", exclusive)
+	for (i = 1; i <= 3; i++)
+		waits[i] = own_locks("exit", vcpus[i], "contended")
+	nothing("contended locks of the feature", waits)
+	for (i = 1; i <= 3; i++)
+		allocs[i] = allocations("exit", vcpus[i]) - allocations("plain", vcpus[i])
+	nothing("allocations more than a plain fault", allocs)
+	for (i = 1; i <= 3; i++)
+		ipis[i] = counted("exit", vcpus[i], "ipis") + counted("exit", vcpus[i], "ipi_masks")
+	nothing("IPIs", ipis)
+}
+
 END {
-	line("per fault or page, in instructions", "this", "other", "ratio", "aim", "")
+	line("per fault or page, in instructions", "this", "other", "ratio", "aim", "", "spread")
 	split("1 8 64", vcpus, " ")
 	for (i = 1; i <= 3; i++) {
 		v = vcpus[i]
@@ -128,10 +161,18 @@ END {
 		ratio("queue : uffd MINOR, both in other process, " vcpus[i], cost("queue", vcpus[i]),
 		      cost("uffd-process", vcpus[i]), 1.0)
 	ratio("access by KVM, queue : uffd", cost("access-queue", 64), cost("access-uffd", 64), 1.0)
-	ratio("wake, 64 : 1 others wait, queue", cost("wake-queue", 64), cost("wake-queue", 1))
+	ratio("wake, 64 : 1 others wait, queue", cost("wake-queue", 64), cost("wake-queue", 1), 1.05)
 	ratio("wake, 64 : 1 others wait, uffd", cost("wake-uffd", 64), cost("wake-uffd", 1))
 	ratio("wake, 64 others wait, queue : uffd", cost("wake-queue", 64), cost("wake-uffd", 64))
-	ratio("guest_memfd MINOR : shmem MINOR", "series,guest_memfd,1,minor", "series,shmem,1,minor", 1.0)
+	g = "guest_memfd"
+	filling("guest_memfd MINOR : shmem MINOR", g, "MINOR_fault_CONTINUE", "shmem", "MINOR_fault_CONTINUE", 1.0)
+	filling("guest_memfd MISSING : shmem MISSING", g, "MISSING_fault_COPY", "shmem", "MISSING_fault_COPY")
+	filling("guest_memfd write() : COPY", g, "write()", g, "COPY")
+	filling("same, many pages in a call", g, "write()_all_at_once", g, "COPY_all_at_once")
+	filling("guest_memfd write() : memcpy()", g, "write()", g, "memcpy()")
+	filling("guest_memfd write() : memcpy() and CONTINUE", g, "write()", g, "memcpy()_and_CONTINUE")
+	filling("same, and both CONTINUE", g, "write()_and_CONTINUE", g, "memcpy()_and_CONTINUE")
+	filling("guest_memfd write() : shmem write()", g, "write()", "shmem", "write()")
 	ratio("clear one page by ioctl : PRIVATE", "series,arm,64,clear_one", "series,private,64,clear_one", 0.2)
 
 	a = "series,arm,64,cost"
@@ -140,7 +181,7 @@ END {
 	if (both(what, p, a, ">= 5000")) {
 		r = value[p] / value[a]
 		line(what, sprintf("%.3g", value[p]), sprintf("%.3g", value[a]),
-		     sprintf("%.0f", r), ">= 5000", verdict(r >= 5000))
+		     sprintf("%.0f", r), ">= 5000", verdict(r >= 5000), range(p, a))
 	}
 	a = "series,arm,64,bitmap_bytes"
 	p = "series,private,64,slab_bytes"
@@ -158,18 +199,11 @@ END {
 	ratio("demand_paging_test, series : unpatched", "series,demand_paging_test,1,total",
 	      "unpatched,demand_paging_test,1,total", 1.005)
 	ratio("plain fault, series : unpatched", cost("plain", 1), "unpatched,plain,1,cost", 1.005)
-	printf "Worst spread of these, largest less smallest value: %.2f %%\n", worst
 
 	print ""
-	line("counts per userfault exit, 8 vCPUs on 2 CPUs", "", "", "figure", "aim", "")
-	nothing("context switches of its own accord", counted("exit", "own_switches"))
-	nothing("system calls but KVM_RUN", counted("exit", "syscalls") - counted("exit", "kvm_run_calls"))
-	nothing("exclusive locks of the feature", own_locks("exit", "lock"))
-	nothing("contended locks of the feature", own_locks("exit", "contended"))
-	nothing("allocations more than a plain fault", allocations("exit") - allocations("plain"))
-	nothing("IPIs", counted("exit", "ipis") + counted("exit", "ipi_masks"))
+	nothings()
 	print ""
-	printf "%-24s %10s %10s %10s %10s\n", "counts per fault", "plain", "exit", "queue", "uffd"
+	printf "%-24s %10s %10s %10s %10s\n", "counts, 8 vCPUs", "plain", "exit", "queue", "uffd"
 	n = split("vm_exits kvm_run_calls syscalls switches kmallocs slab_allocs page_allocs ipis", m, " ")
 	for (i = 1; i <= n; i++)
 		printf "%-24s %10s %10s %10s %10s\n", m[i], shown("plain", m[i]),
