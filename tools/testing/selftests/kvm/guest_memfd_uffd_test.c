@@ -207,6 +207,11 @@ static void gmem_init(gmem_data *self, struct kvm_vm *vm, int fd)
 		memset(self->src + i * page_size, content(i), page_size);
 }
 
+static bool can_write(void)
+{
+	return kvm_has_guest_memfd_flags(GUEST_MEMFD_FLAG_WRITE);
+}
+
 static u64 uffd_features(void)
 {
 	struct uffdio_api api = { .api = UFFD_API };
@@ -219,18 +224,18 @@ static u64 uffd_features(void)
 	return api.features;
 }
 
-FIXTURE_SETUP(gmem)
+static void gmem_create(gmem_data *self)
 {
 	struct kvm_vm *vm = vm_create_barebones();
 	u64 flags = MAPPABLE_GUEST_MEMFD_FLAGS;
 
-	if (kvm_has_guest_memfd_flags(GUEST_MEMFD_FLAG_WRITE))
+	if (can_write())
 		flags |= GUEST_MEMFD_FLAG_WRITE;
 
 	gmem_init(self, vm, vm_create_guest_memfd(vm, NR_PAGES * page_size, flags));
 }
 
-FIXTURE_TEARDOWN(gmem)
+static void gmem_destroy(gmem_data *self)
 {
 	if (self->uffd >= 0)
 		close(self->uffd);
@@ -241,6 +246,58 @@ FIXTURE_TEARDOWN(gmem)
 		close(self->fd);
 	if (self->vm)
 		kvm_vm_free(self->vm);
+}
+
+FIXTURE_SETUP(gmem)
+{
+	gmem_create(self);
+}
+
+FIXTURE_TEARDOWN(gmem)
+{
+	gmem_destroy(self);
+}
+
+static void use_file(gmem_data *self, int fd)
+{
+	kvm_munmap(self->mem, self->size + page_size);
+	kvm_munmap(self->alias, self->size);
+	kvm_munmap(self->src, self->size);
+	close(self->fd);
+	gmem_init(self, self->vm, fd);
+}
+
+/*
+ * Memory of a file as of shmem: a test of this fixture is run with both, and both must
+ * do the same.
+ */
+
+FIXTURE(file) {
+	gmem_data gmem;
+};
+
+FIXTURE_VARIANT(file) {
+	bool shmem;
+};
+
+FIXTURE_VARIANT_ADD(file, guest_memfd) {
+	.shmem = false,
+};
+
+FIXTURE_VARIANT_ADD(file, shmem) {
+	.shmem = true,
+};
+
+FIXTURE_SETUP(file)
+{
+	gmem_create(&self->gmem);
+	if (variant->shmem)
+		use_file(&self->gmem, kvm_memfd_alloc(self->gmem.size, false));
+}
+
+FIXTURE_TEARDOWN(file)
+{
+	gmem_destroy(&self->gmem);
 }
 
 static u8 *mem_page(gmem_data *self, u64 page)
@@ -1474,6 +1531,501 @@ uffd_test(gmem, event_of_an_unmapping)
 	assert_page_content(self, 2);
 }
 
+/*
+ * As long as an event is not read, nothing is filled: whoever fills memory must not do
+ * that on the strength of what the mapping was before.
+ */
+
+enum change_kind {
+	REMOVED,
+	ZAPPED,
+	UNMAPPED,
+	NR_CHANGES,
+};
+
+static const struct fill {
+	const char *name;
+	s64 (*fn)(gmem_data *self, u64 page, u64 nr);
+	u64 page;
+	/* What it returns after the change, where zero stands for a page. */
+	s64 result[NR_CHANGES];
+} fills[] = {
+	/* Where nothing changes: holes, and the page 5, which is in the file. */
+	{ "COPY",	copy,		0,	{} },
+	{ "ZEROPAGE",	zeropage,	6,	{} },
+	{ "POISON",	poison,		7,	{} },
+	{ "CONTINUE",	cont,		5,	{} },
+	/* Where it does. */
+	{ "CONTINUE",	cont,		2,	{ -EFAULT, 0, -ENOENT } },
+	{ "COPY",	copy,		2,	{ 0, -EEXIST, -ENOENT } },
+	{ "ZEROPAGE",	zeropage,	3,	{ 0, -EEXIST, -ENOENT } },
+};
+
+static void expect_fills(gmem_data *self, const s64 results[])
+{
+	s64 ret;
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(fills); i++) {
+		ret = fills[i].fn(self, fills[i].page, 1);
+		TEST_ASSERT(ret == (results[i] ?: page_size),
+			    "%s of page %lu: expected %ld, got %ld", fills[i].name,
+			    fills[i].page, results[i], ret);
+	}
+}
+
+/* The event is there to be read, and is left at that. */
+static void wait_for_event(int uffd)
+{
+	struct pollfd pollfd = { .fd = uffd, .events = POLLIN };
+
+	TEST_ASSERT(poll(&pollfd, 1, WAIT_SECS * 1000) == 1, "No event");
+	TEST_ASSERT_EQ(pollfd.revents, POLLIN);
+}
+
+static void assert_nothing_was_filled(gmem_data *self)
+{
+	u64 i;
+
+	assert_in_file(self, 0, false);
+	for (i = 1; i <= 5; i++)
+		assert_page_content(self, i);
+	assert_in_file(self, 6, false);
+	assert_in_file(self, 7, false);
+}
+
+static void assert_all_is_filled(gmem_data *self, enum change_kind kind)
+{
+	assert_page_content(self, 0);
+	assert_page_content(self, 1);
+	assert_page_content(self, 2);
+	assert_page(alias_page(self, 3), kind == REMOVED ? 0 : content(3));
+	assert_page_content(self, 4);
+	read_expect(mem_page(self, 5), content(5));
+	assert_page(alias_page(self, 6), 0);
+	read_expect_sigbus(mem_page(self, 7));
+}
+
+static void test_filling_while_changing(gmem_data *self, u64 feature, struct change *change,
+					void *(*fn)(void *change), enum change_kind kind)
+{
+	s64 busy[ARRAY_SIZE(fills)], results[ARRAY_SIZE(fills)];
+	struct uffd_msg msg;
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(fills); i++) {
+		busy[i] = -EAGAIN;
+		results[i] = fills[i].result[kind];
+	}
+
+	register_mem(self, feature, MISSING | MINOR);
+	TEST_ASSERT_EQ(copy(self, 1, 4), 4 * page_size);
+	fill_by_alias(self, 5);
+
+	change_start(change, self, fn);
+	wait_for_event(self->uffd);
+	expect_fills(self, busy);
+	usleep(NEVER_USECS);
+	expect_fills(self, busy);
+	assert_nothing_was_filled(self);
+
+	TEST_ASSERT(read_msg(self->uffd, &msg, 0), "The event is gone");
+	change_join(change);
+	expect_fills(self, results);
+	assert_all_is_filled(self, kind);
+	assert_no_fault(self->uffd);
+}
+
+uffd_test(file, filling_while_pages_are_removed)
+{
+	struct change change = { .advice = MADV_REMOVE };
+
+	test_filling_while_changing(&self->gmem, UFFD_FEATURE_EVENT_REMOVE, &change,
+				    advise_thread, REMOVED);
+}
+
+uffd_test(file, filling_while_pages_are_zapped)
+{
+	struct change change = { .advice = MADV_DONTNEED };
+
+	test_filling_while_changing(&self->gmem, UFFD_FEATURE_EVENT_REMOVE, &change,
+				    advise_thread, ZAPPED);
+}
+
+uffd_test(file, filling_while_pages_are_unmapped)
+{
+	struct change change = {};
+
+	test_filling_while_changing(&self->gmem, UFFD_FEATURE_EVENT_UNMAP, &change,
+				    unmap_thread, UNMAPPED);
+}
+
+uffd_test(file, filling_while_pages_are_moved)
+{
+	struct change change = {};
+
+	change.to = kvm_mmap(2 * page_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	test_filling_while_changing(&self->gmem, UFFD_FEATURE_EVENT_REMAP, &change,
+				    remap_thread, UNMAPPED);
+	kvm_munmap(change.to, 2 * page_size);
+}
+
+/*
+ * A copy that waits for its source, which is missing itself, holds no lock, and has to
+ * find out what has become of the page in the meantime.
+ */
+
+struct slow_copy {
+	pthread_t thread;
+	gmem_data *self;
+	u64 page;
+	u8 *src;
+	int src_uffd;
+	s64 ret;
+};
+
+static void *slow_copy_thread(void *arg)
+{
+	struct slow_copy *c = arg;
+
+	c->ret = __uffd_copy(c->self->uffd, mem_page(c->self, c->page), c->src, page_size,
+			     0);
+	return NULL;
+}
+
+static void slow_copy_start(struct slow_copy *c, gmem_data *self, u64 page)
+{
+	c->self = self;
+	c->page = page;
+	c->src = kvm_mmap(page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+			  -1);
+	c->src_uffd = uffd_open(0);
+	uffd_register(c->src_uffd, c->src, page_size, MISSING);
+	kvm_pthread_create(&c->thread, NULL, slow_copy_thread, c);
+	expect_fault(c->src_uffd, c->src, 0);
+}
+
+/* Let it have its source, which is @src, and return what it returns. */
+static s64 __slow_copy_finish(struct slow_copy *c, u8 *src)
+{
+	TEST_ASSERT_EQ(__uffd_copy(c->src_uffd, c->src, src, page_size, 0), page_size);
+	kvm_pthread_join(c->thread, NULL);
+	close(c->src_uffd);
+	kvm_munmap(c->src, page_size);
+	return c->ret;
+}
+
+static s64 slow_copy_finish(struct slow_copy *c)
+{
+	return __slow_copy_finish(c, src_page(c->self, c->page));
+}
+
+/* Other ways to fill a page. All of them return what they fill it with. */
+
+static u8 other_copy(gmem_data *self, u64 page)
+{
+	TEST_ASSERT_EQ(__uffd_copy(self->uffd, mem_page(self, page),
+				   src_page(self, page + 1), page_size, 0), page_size);
+	return content(page + 1);
+}
+
+static u8 other_zeropage(gmem_data *self, u64 page)
+{
+	TEST_ASSERT_EQ(zeropage(self, page, 1), page_size);
+	return 0;
+}
+
+static u8 other_access(gmem_data *self, u64 page)
+{
+	memset(alias_page(self, page), 0x55, page_size);
+	return 0x55;
+}
+
+static u8 other_allocation(gmem_data *self, u64 page)
+{
+	kvm_fallocate(self->fd, FALLOC_FL_KEEP_SIZE, page * page_size, page_size);
+	return 0;
+}
+
+static u8 other_write(gmem_data *self, u64 page)
+{
+	TEST_ASSERT_EQ(pwrite(self->fd, src_page(self, page + 1), page_size,
+			      page * page_size), page_size);
+	return content(page + 1);
+}
+
+uffd_test(file, copy_is_too_late)
+{
+	u8 (*fns[])(gmem_data *self, u64 page) = {
+		other_copy, other_zeropage, other_access, other_allocation, other_write,
+	};
+	int nr_fns = ARRAY_SIZE(fns) - !can_write();
+	gmem_data *gmem = &self->gmem;
+	struct slow_copy c;
+	u8 val;
+	int i;
+
+	register_mem(gmem, 0, MISSING | MINOR);
+	for (i = 0; i < nr_fns; i++) {
+		slow_copy_start(&c, gmem, i);
+		assert_in_file(gmem, i, false);
+		val = fns[i](gmem, i);
+		TEST_ASSERT_EQ(slow_copy_finish(&c), -EEXIST);
+		assert_page(alias_page(gmem, i), val);
+	}
+	assert_no_fault(gmem->uffd);
+}
+
+/* Nor does it matter who was first to begin. */
+uffd_test(file, copies_of_one_page)
+{
+	gmem_data *gmem = &self->gmem;
+	struct slow_copy c[3];
+	int i;
+
+	register_mem(gmem, 0, MISSING);
+	for (i = 0; i < ARRAY_SIZE(c); i++)
+		slow_copy_start(&c[i], gmem, 4);
+
+	TEST_ASSERT_EQ(__slow_copy_finish(&c[1], src_page(gmem, 9)), page_size);
+	TEST_ASSERT_EQ(slow_copy_finish(&c[0]), -EEXIST);
+	TEST_ASSERT_EQ(slow_copy_finish(&c[2]), -EEXIST);
+	assert_page(alias_page(gmem, 4), content(9));
+}
+
+/* What does not get in its way: a hole, and poison, which is in the mapping only. */
+uffd_test(file, copy_is_still_wanted)
+{
+	gmem_data *gmem = &self->gmem;
+	struct slow_copy c;
+
+	register_mem(gmem, 0, MISSING);
+	slow_copy_start(&c, gmem, 0);
+	other_access(gmem, 0);
+	punch(gmem, 0, NR_PAGES);
+	TEST_ASSERT_EQ(slow_copy_finish(&c), page_size);
+	assert_page_content(gmem, 0);
+
+	slow_copy_start(&c, gmem, 1);
+	TEST_ASSERT_EQ(poison(gmem, 1, 1), page_size);
+	TEST_ASSERT_EQ(slow_copy_finish(&c), page_size);
+	read_expect(mem_page(gmem, 1), content(1));
+	assert_page_content(gmem, 1);
+}
+
+uffd_test(file, copy_where_nothing_is_registered_any_more)
+{
+	gmem_data *gmem = &self->gmem;
+	struct slow_copy c;
+
+	register_mem(gmem, 0, MISSING | MINOR);
+	slow_copy_start(&c, gmem, 2);
+	TEST_ASSERT_EQ(__uffd_unregister(gmem->uffd, mem_page(gmem, 2), page_size), 0);
+	TEST_ASSERT_EQ(slow_copy_finish(&c), -ENOENT);
+	assert_in_file(gmem, 2, false);
+
+	slow_copy_start(&c, gmem, 5);
+	kvm_munmap(mem_page(gmem, 5), page_size);
+	TEST_ASSERT_EQ(slow_copy_finish(&c), -ENOENT);
+	assert_in_file(gmem, 5, false);
+}
+
+uffd_test(file, copy_where_something_else_is_registered)
+{
+	int fd = kvm_memfd_alloc(self->gmem.size, false);
+	gmem_data *gmem = &self->gmem;
+	struct slow_copy c;
+	unsigned char vec;
+	void *mem;
+
+	register_mem(gmem, 0, MISSING | MINOR);
+	slow_copy_start(&c, gmem, 3);
+	TEST_ASSERT_EQ(__uffd_unregister(gmem->uffd, gmem->mem, gmem->size), 0);
+	uffd_register(gmem->uffd, gmem->mem, gmem->size, MISSING);
+	TEST_ASSERT_EQ(slow_copy_finish(&c), -EAGAIN);
+	assert_in_file(gmem, 3, false);
+	TEST_ASSERT_EQ(copy(gmem, 3, 1), page_size);
+
+	/* Another file in the place of this one: it goes to neither of them. */
+	slow_copy_start(&c, gmem, 0);
+	mem = mmap(gmem->mem, gmem->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+		   fd, 0);
+	TEST_ASSERT(mem == gmem->mem, "mmap() failed, errno %d", errno);
+	uffd_register(gmem->uffd, mem, gmem->size, MISSING);
+	TEST_ASSERT_EQ(slow_copy_finish(&c), -EAGAIN);
+	assert_in_file(gmem, 0, false);
+	TEST_ASSERT(!mincore(mem, page_size, &vec), "mincore() failed, errno %d", errno);
+	TEST_ASSERT(!(vec & 1), "The other file was filled");
+	close(fd);
+}
+
+uffd_test(file, copy_that_waits_while_pages_are_zapped)
+{
+	struct change change = { .advice = MADV_DONTNEED };
+	gmem_data *gmem = &self->gmem;
+	struct uffd_msg msg;
+	struct slow_copy c;
+
+	register_mem(gmem, UFFD_FEATURE_EVENT_REMOVE, MISSING | MINOR);
+	slow_copy_start(&c, gmem, 8);
+	change_start(&change, gmem, advise_thread);
+	wait_for_event(gmem->uffd);
+	TEST_ASSERT_EQ(slow_copy_finish(&c), -EAGAIN);
+	assert_in_file(gmem, 8, false);
+	expect_event(gmem->uffd, UFFD_EVENT_REMOVE, &msg);
+	change_join(&change);
+	TEST_ASSERT_EQ(copy(gmem, 8, 1), page_size);
+	assert_page_content(gmem, 8);
+}
+
+/* What becomes of the pages is settled before the copy goes on. */
+uffd_test(file, copy_that_waits_until_pages_are_removed)
+{
+	struct change change = { .advice = MADV_REMOVE };
+	gmem_data *gmem = &self->gmem;
+	struct uffd_msg msg;
+	struct slow_copy c;
+
+	register_mem(gmem, UFFD_FEATURE_EVENT_REMOVE, MISSING | MINOR);
+	slow_copy_start(&c, gmem, 2);
+	change_start(&change, gmem, advise_thread);
+	expect_event(gmem->uffd, UFFD_EVENT_REMOVE, &msg);
+	change_join(&change);
+	TEST_ASSERT_EQ(slow_copy_finish(&c), page_size);
+	assert_page_content(gmem, 2);
+}
+
+/* The copy that has begun goes on, and no other one begins. */
+uffd_test(file, closing_the_uffd_while_a_copy_waits)
+{
+	gmem_data *gmem = &self->gmem;
+	struct slow_copy c;
+
+	register_mem(gmem, 0, MISSING | MINOR);
+	slow_copy_start(&c, gmem, 2);
+	close(gmem->uffd);
+	TEST_ASSERT_EQ(copy(gmem, 3, 1), -EBADF);
+	TEST_ASSERT_EQ(slow_copy_finish(&c), page_size);
+	assert_page_content(gmem, 2);
+	assert_in_file(gmem, 3, false);
+
+	/* With that it has come to its end: nobody waits, and the memory is free again. */
+	read_expect(mem_page(gmem, 2), content(2));
+	read_expect(mem_page(gmem, 4), 0);
+	register_mem(gmem, 0, MISSING);
+	TEST_ASSERT_EQ(copy(gmem, 3, 1), page_size);
+}
+
+/*
+ * Two threads that copy all pages over and over until the userfaultfd is closed, which
+ * is when both have done a given number of copies.
+ */
+
+#define NR_COPIERS	2
+
+struct copier {
+	pthread_t thread;
+	gmem_data *self;
+	u8 val;
+	u8 *src;
+	atomic_ulong nr_copies;
+	u64 nr_existing;
+	/* A bit for each page that it has filled. */
+	u64 filled;
+};
+
+static bool copier_copy(struct copier *c, u64 page)
+{
+	s64 ret = __uffd_copy(c->self->uffd, mem_page(c->self, page), c->src, page_size, 0);
+
+	if (ret == page_size) {
+		TEST_ASSERT(!(c->filled & BIT(page)), "Page %lu was filled twice", page);
+		c->filled |= BIT(page);
+	} else if (ret == -EEXIST) {
+		c->nr_existing++;
+	} else {
+		TEST_ASSERT(ret == -EBADF, "COPY returned %ld", ret);
+	}
+
+	return ret != -EBADF;
+}
+
+static void *copier_thread(void *arg)
+{
+	struct copier *c = arg;
+	u64 i;
+
+	for (i = 0; copier_copy(c, i % NR_PAGES); i++)
+		atomic_store(&c->nr_copies, i + 1);
+
+	return NULL;
+}
+
+static void copier_start(struct copier *c, gmem_data *self)
+{
+	c->self = self;
+	c->nr_existing = 0;
+	c->filled = 0;
+	atomic_store(&c->nr_copies, 0);
+	kvm_pthread_create(&c->thread, NULL, copier_thread, c);
+}
+
+/* A page has one copier at most, and holds what that one brought. */
+static void assert_copied(gmem_data *self, struct copier *copiers)
+{
+	u64 i, a, b;
+
+	for (i = 0; i < NR_PAGES; i++) {
+		a = copiers[0].filled & BIT(i);
+		b = copiers[1].filled & BIT(i);
+		TEST_ASSERT(!a || !b, "Page %lu was filled by both", i);
+		assert_in_file(self, i, a || b);
+		if (a || b)
+			assert_page(alias_page(self, i), copiers[!a].val);
+	}
+}
+
+static void close_while_copying(gmem_data *self, struct copier *copiers, u64 nr)
+{
+	int i;
+
+	register_mem(self, 0, MISSING | MINOR);
+	for (i = 0; i < NR_COPIERS; i++)
+		copier_start(&copiers[i], self);
+	for (i = 0; i < NR_COPIERS; i++) {
+		while (atomic_load(&copiers[i].nr_copies) < nr)
+			sched_yield();
+	}
+	close(self->uffd);
+	for (i = 0; i < NR_COPIERS; i++)
+		kvm_pthread_join(copiers[i].thread, NULL);
+	self->uffd = -1;
+
+	assert_copied(self, copiers);
+	for (i = 0; i < NR_PAGES; i += 5)
+		read_expect(mem_page(self, i), alias_page(self, i)[0]);
+	punch(self, 0, NR_PAGES);
+}
+
+uffd_test(file, closing_the_uffd_while_copying)
+{
+	struct copier copiers[NR_COPIERS] = {};
+	u64 nr, nr_existing;
+	int i;
+
+	for (i = 0; i < NR_COPIERS; i++) {
+		copiers[i].val = content(i);
+		copiers[i].src = src_page(&self->gmem, i);
+	}
+
+	for (nr = 0; nr <= NR_PAGES; nr++)
+		close_while_copying(&self->gmem, copiers, nr);
+
+	/* At last, both have copied all pages, of which each was there by then. */
+	nr_existing = copiers[0].nr_existing + copiers[1].nr_existing;
+	TEST_ASSERT(nr_existing >= NR_PAGES, "%lu copies were refused", nr_existing);
+}
+
 /* The offset in the file is what counts, not the one in the mapping. */
 uffd_test(gmem, mapping_with_an_offset)
 {
@@ -1516,35 +2068,83 @@ uffd_test(gmem, two_mappings)
 	close(other);
 }
 
+/*
+ * Memory policies are those of the file, whichever mapping they were set by.  As there
+ * is no node that all memory comes from by chance, each page has the next one's.
+ */
+
+#define NR_BOUND_PAGES	6
+
+static int node_of_page(u64 page)
+{
+	return !(page % 2);
+}
+
+static void bind_pages(gmem_data *self)
+{
+	unsigned long node;
+	u64 i;
+
+	for (i = 0; i < NR_BOUND_PAGES; i++) {
+		node = BIT(node_of_page(i));
+		kvm_mbind(mem_page(self, i), page_size, MPOL_BIND, &node, 8, 0);
+	}
+}
+
+static void assert_pages_are_bound(gmem_data *self)
+{
+	void *pages[NR_BOUND_PAGES];
+	int nodes[NR_BOUND_PAGES];
+	u64 i;
+
+	for (i = 0; i < NR_BOUND_PAGES; i++) {
+		assert_in_file(self, i, true);
+		pages[i] = alias_page(self, i);
+		READ_ONCE(*alias_page(self, i));
+	}
+	kvm_move_pages(0, NR_BOUND_PAGES, pages, NULL, nodes, 0);
+	for (i = 0; i < NR_BOUND_PAGES; i++)
+		TEST_ASSERT(nodes[i] == node_of_page(i), "Page %lu is on node %d", i,
+			    nodes[i]);
+}
+
 uffd_test(gmem, memory_policy_is_honoured)
 {
-	unsigned long node[] = { 1, 2 };
-	void *pages[2] = { mem_page(self, 0), mem_page(self, 1) };
-	int status[2];
-	int i;
+	u64 i;
 
 	if (!is_multi_numa_node_system())
 		SKIP(return, "There is one NUMA node only");
 
 	register_mem(self, 0, MISSING);
-	for (i = 0; i < 2; i++)
-		kvm_mbind(pages[i], page_size, MPOL_BIND, &node[1 - i], 8, 0);
-	TEST_ASSERT_EQ(copy(self, 0, 1), page_size);
-	TEST_ASSERT_EQ(zeropage(self, 1, 1), page_size);
+	bind_pages(self);
+	for (i = 0; i < NR_BOUND_PAGES / 2; i++)
+		TEST_ASSERT_EQ(copy(self, i, 1), page_size);
+	for (; i < NR_BOUND_PAGES; i++)
+		TEST_ASSERT_EQ(zeropage(self, i, 1), page_size);
+	assert_pages_are_bound(self);
+}
 
-	kvm_move_pages(0, 2, pages, NULL, status, 0);
-	TEST_ASSERT_EQ(status[0], 1);
-	TEST_ASSERT_EQ(status[1], 0);
+/* Of holes that are filled by going there: no faults of MINOR, or not registered. */
+uffd_test(gmem, memory_policy_of_accesses)
+{
+	u64 i;
+
+	if (!is_multi_numa_node_system())
+		SKIP(return, "There is one NUMA node only");
+
+	register_mem(self, 0, MINOR);
+	bind_pages(self);
+	for (i = 0; i < NR_BOUND_PAGES / 2; i++)
+		read_expect(mem_page(self, i), 0);
+	for (; i < NR_BOUND_PAGES; i++)
+		fill_by_alias(self, i);
+	assert_no_fault(self->uffd);
+	assert_pages_are_bound(self);
 }
 
 /*
  * write(), which fills the file and maps nothing.
  */
-
-static bool can_write(void)
-{
-	return kvm_has_guest_memfd_flags(GUEST_MEMFD_FLAG_WRITE);
-}
 
 static ssize_t write_page(gmem_data *self, u64 page)
 {
@@ -1587,6 +2187,21 @@ uffd_test(gmem, written_pages_resolve_missing_faults)
 	access_finish(&a);
 	TEST_ASSERT_EQ(a.val, content(0));
 	assert_no_fault(self->uffd);
+}
+
+/* It has no mapping to go by, and need not: there is one of which it is set. */
+uffd_test(gmem, memory_policy_of_written_pages)
+{
+	size_t size = NR_BOUND_PAGES * page_size;
+
+	if (!can_write())
+		SKIP(return, "guest_memfd cannot be written");
+	if (!is_multi_numa_node_system())
+		SKIP(return, "There is one NUMA node only");
+
+	bind_pages(self);
+	TEST_ASSERT_EQ(pwrite(self->fd, self->src, size, 0), size);
+	assert_pages_are_bound(self);
 }
 
 uffd_test(gmem, write_replaces_nothing)
@@ -1668,12 +2283,7 @@ uffd_test(gmem, write_from_missing_memory)
 
 static void use_private_file(gmem_data *self)
 {
-	kvm_munmap(self->mem, self->size + page_size);
-	kvm_munmap(self->alias, self->size);
-	kvm_munmap(self->src, self->size);
-	close(self->fd);
-	gmem_init(self, self->vm, vm_create_guest_memfd(self->vm, self->size,
-							GUEST_MEMFD_FLAG_MMAP));
+	use_file(self, vm_create_guest_memfd(self->vm, self->size, GUEST_MEMFD_FLAG_MMAP));
 }
 
 uffd_test(gmem, private_memory_is_refused)
@@ -1827,6 +2437,8 @@ struct race {
 	u8 *fleeting;
 	int fleeting_uffd;
 	atomic_ullong nr_copies, nr_writes, nr_reads, nr_punches, nr_faults, nr_remaps;
+	/* Copies to pages that were there. */
+	atomic_ullong nr_existing;
 };
 
 static u64 race_word(u64 page, u64 fill, u64 word)
@@ -1865,8 +2477,8 @@ static void race_copy(struct race *r, int uffd, u8 *mem, u64 page, u64 *buf)
 	race_prepare(r, buf, page);
 	ret = __uffd_copy(uffd, mem + page * page_size, buf, page_size, 0);
 	race_assert_result("COPY", ret, mem == r->fleeting);
-	if (ret == page_size)
-		atomic_fetch_add(&r->nr_copies, 1);
+	atomic_fetch_add(&r->nr_copies, ret == page_size);
+	atomic_fetch_add(&r->nr_existing, ret == -EEXIST);
 }
 
 static void *race_copier(void *arg)
@@ -1946,6 +2558,16 @@ static void *race_puncher(void *arg)
 	return NULL;
 }
 
+/* As only one thread maps and registers, nothing is copied there until it does so. */
+static void race_unregister(struct race *r)
+{
+	size_t size = RACE_PAGES * page_size;
+
+	TEST_ASSERT_EQ(__uffd_unregister(r->fleeting_uffd, r->fleeting, size), 0);
+	TEST_ASSERT_EQ(__uffd_copy(r->fleeting_uffd, r->fleeting, r->gmem->src, page_size,
+				   0), -ENOENT);
+}
+
 /* The other mapping, in the place of the one that COPY is at work in. */
 static void *race_mapper(void *arg)
 {
@@ -1963,8 +2585,7 @@ static void *race_mapper(void *arg)
 		uffd_register(r->fleeting_uffd, mem, size, MISSING | MINOR);
 		usleep(500);
 		if (atomic_fetch_add(&r->nr_remaps, 1) & 1)
-			TEST_ASSERT(!__uffd_unregister(r->fleeting_uffd, mem, size),
-				    "UFFDIO_UNREGISTER failed, errno %d", errno);
+			race_unregister(r);
 	}
 
 	return NULL;
@@ -2068,11 +2689,12 @@ uffd_test(gmem, races)
 	for (i = 0; i < RACE_ROUNDS; i++)
 		race_round(&r, fns, nr_fns);
 
-	pr_info("# %llu copies, %llu writes, %llu reads, %llu faults, %llu punches, %llu remaps\n",
-		r.nr_copies, r.nr_writes, r.nr_reads, r.nr_faults, r.nr_punches,
-		r.nr_remaps);
+	pr_info("# %llu copies, %llu of pages that were there, %llu writes, %llu reads, %llu faults, %llu punches, %llu remaps\n",
+		r.nr_copies, r.nr_existing, r.nr_writes, r.nr_reads, r.nr_faults,
+		r.nr_punches, r.nr_remaps);
 	TEST_ASSERT(r.nr_copies && r.nr_reads && r.nr_faults && r.nr_punches && r.nr_remaps,
 		    "Somebody did nothing");
+	TEST_ASSERT(r.nr_existing, "No page was copied twice");
 	if (can_write())
 		TEST_ASSERT(r.nr_writes, "Nothing was written");
 

@@ -15,12 +15,13 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
 
 #include <linux/aio_abi.h>
-#include <linux/io_uring.h>
 #include <linux/sizes.h>
 
 #include "kselftest_harness.h"
@@ -831,6 +832,26 @@ userfault_test(async, interrupted_read_loses_no_wakeup)
 	}
 }
 
+/* Unlike a vCPU that waits for the guest, KVM is in the middle of something. */
+userfault_test(async, signal_does_not_end_an_access)
+{
+	struct kvm_access *access = start_nth(self, 1, 5, 1);
+	struct kvm_userfault_event event;
+
+	catch_signals();
+	event = userfault_read(self->fd);
+	assert_event(&event, self->vcpus[1], page_gpa(5));
+	pthread_kill(access->waiter.thread, SIGUSR1);
+	waiter_assert_asleep(&access->waiter);
+	assert_counts(self->fd, 0, 1, 1);
+	assert_failed(self, 5);
+
+	resolve(self, 5, 1);
+	finish(access);
+	assert_succeeded(self, 5);
+	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_records), 1);
+}
+
 userfault_test(async, poll)
 {
 	int fd = self->fd;
@@ -927,76 +948,6 @@ userfault_test(async, epoll)
 	finish(&self->accesses[1]);
 	kvm_close(level);
 	kvm_close(edge);
-}
-
-/* The least of io_uring that it takes to have one request at a time. */
-struct ring {
-	struct io_uring_params params;
-	struct io_uring_sqe *sqes;
-	void *mem;
-	int fd;
-};
-
-static bool ring_create(struct ring *ring)
-{
-	struct io_uring_params *params = &ring->params;
-
-	memset(params, 0, sizeof(*params));
-	ring->fd = syscall(__NR_io_uring_setup, 1, params);
-	if (ring->fd < 0)
-		return false;
-
-	TEST_ASSERT(params->features & IORING_FEAT_SINGLE_MMAP, "Rings in two mappings");
-	ring->mem = __kvm_mmap(params->cq_off.cqes +
-			       params->cq_entries * sizeof(struct io_uring_cqe),
-			       PROT_READ | PROT_WRITE, MAP_SHARED, ring->fd,
-			       IORING_OFF_SQ_RING);
-	ring->sqes = __kvm_mmap(sizeof(*ring->sqes), PROT_READ | PROT_WRITE, MAP_SHARED,
-				ring->fd, IORING_OFF_SQES);
-	return true;
-}
-
-static void ring_submit(struct ring *ring, u8 opcode, int fd, void *buf, u32 len, u32 events)
-{
-	u32 *tail = ring->mem + ring->params.sq_off.tail;
-	u32 *array = ring->mem + ring->params.sq_off.array;
-
-	memset(ring->sqes, 0, sizeof(*ring->sqes));
-	ring->sqes->opcode = opcode;
-	ring->sqes->fd = fd;
-	ring->sqes->addr = (u64)buf;
-	ring->sqes->len = len;
-	ring->sqes->poll32_events = events;
-
-	array[0] = 0;
-	__atomic_store_n(tail, *tail + 1, __ATOMIC_RELEASE);
-	TEST_ASSERT_EQ(syscall(__NR_io_uring_enter, ring->fd, 1, 0, 0, NULL, 0), 1);
-}
-
-static bool ring_is_done(struct ring *ring)
-{
-	u32 *head = ring->mem + ring->params.cq_off.head;
-	u32 *tail = ring->mem + ring->params.cq_off.tail;
-
-	return *head != __atomic_load_n(tail, __ATOMIC_ACQUIRE);
-}
-
-static void ring_assert_waits(struct ring *ring)
-{
-	usleep(20000);
-	TEST_ASSERT(!ring_is_done(ring), "A request did not wait");
-}
-
-static s32 ring_result(struct ring *ring)
-{
-	struct io_uring_cqe *cqes = ring->mem + ring->params.cq_off.cqes;
-	u32 *head = ring->mem + ring->params.cq_off.head;
-	s32 res;
-
-	userfault_wait_until(ring_is_done(ring));
-	res = cqes[*head & (ring->params.cq_entries - 1)].res;
-	__atomic_store_n(head, *head + 1, __ATOMIC_RELEASE);
-	return res;
 }
 
 userfault_test(async, io_uring_read)
@@ -1742,6 +1693,80 @@ userfault_test(async, file_finds_older_records)
 	userfault_resolve(other, AGENT_GPA, page_size, 0, 0);
 	finish(&self->accesses[0]);
 	kvm_close(other);
+}
+
+/* What it fails with as there is no descriptor for one more file. */
+static int create_file_beyond_the_limit(struct kvm_vm *vm)
+{
+	struct rlimit old, none;
+	int fd, error;
+
+	TEST_ASSERT(!getrlimit(RLIMIT_NOFILE, &old), "getrlimit() failed, errno %d", errno);
+	none = old;
+	none.rlim_cur = 0;
+	TEST_ASSERT(!setrlimit(RLIMIT_NOFILE, &none), "setrlimit() failed, errno %d", errno);
+	fd = __vm_create_userfault_fd(vm);
+	error = errno;
+	TEST_ASSERT(!setrlimit(RLIMIT_NOFILE, &old), "setrlimit() failed, errno %d", errno);
+
+	TEST_ASSERT(fd == -1, "There was a descriptor left, %d", fd);
+	return error;
+}
+
+/* A file that could not be created is none that goes: nothing fails, or is read again. */
+userfault_test(async, failing_to_create_a_file_loses_nothing)
+{
+	struct kvm_userfault_event event;
+	int other;
+
+	start_nth(self, 0, 0, 1);
+	start_nth(self, 1, 1, 2);
+	userfault_read(self->fd);
+	TEST_ASSERT_EQ(create_file_beyond_the_limit(self->vm), EMFILE);
+	assert_counts(self->fd, 1, 1, 2);
+	waiter_assert_asleep(&self->accesses[0].waiter);
+	waiter_assert_asleep(&self->accesses[1].waiter);
+
+	other = vm_create_userfault_fd(self->vm);
+	event = userfault_read(other);
+	assert_event(&event, self->vcpus[1], page_gpa(1));
+	resolve(self, 0, 2);
+	finish(&self->accesses[0]);
+	finish(&self->accesses[1]);
+	assert_succeeded(self, 0);
+	assert_succeeded(self, 1);
+	kvm_close(other);
+}
+
+/* Nor does it count as the first file, or the last one. */
+userfault_test(async, failing_to_create_the_first_file_fails_no_access)
+{
+	struct kvm_userfault_event event;
+
+	kvm_close(self->fd);
+	self->fd = -1;
+	vm_userfault_disable(self->vm);
+	vm_userfault_enable_async(self->vm, 0);
+	vm_userfault_arm(self->vm, AGENT_GPA, 2 * page_size);
+
+	start(self, 0, 0);
+	userfault_wait_until(vm_get_stat(self->vm, userfault_records) == 1);
+	TEST_ASSERT_EQ(create_file_beyond_the_limit(self->vm), EMFILE);
+	waiter_assert_asleep(&self->accesses[0].waiter);
+	start(self, 1, 1);
+	userfault_wait_until(vm_get_stat(self->vm, userfault_records) == 2);
+	waiter_assert_asleep(&self->accesses[1].waiter);
+
+	self->fd = vm_create_userfault_fd(self->vm);
+	event = userfault_read(self->fd);
+	assert_event(&event, self->vcpus[0], page_gpa(0));
+	event = userfault_read(self->fd);
+	assert_event(&event, self->vcpus[1], page_gpa(1));
+	resolve(self, 0, 2);
+	finish(&self->accesses[0]);
+	finish(&self->accesses[1]);
+	assert_succeeded(self, 0);
+	assert_succeeded(self, 1);
 }
 
 /*
@@ -2624,14 +2649,19 @@ static void resolver_fn(void *arg)
 	async_vcpu_data *self = arg;
 	u8 *bitmap = userfault_map_bitmap(self->fd, AGENT_GPA);
 	struct kvm_userfault_event event;
+	bool armed;
+	int ret;
 
 	while (read(self->fd, &event, sizeof(event)) == sizeof(event)) {
 		/* The other vCPU may have been faster. */
-		if (!userfault_test_bit(bitmap, (event.gpa - AGENT_GPA) / page_size))
-			userfault_resolve(self->fd, event.gpa, page_size,
-					  KVM_USERFAULT_WAKE_ONLY, 0);
-		else
-			fill_and_resolve(self, event.gpa);
+		armed = userfault_test_bit(bitmap, (event.gpa - AGENT_GPA) / page_size);
+		if (armed)
+			agent_fill(self->hva + (event.gpa - AGENT_GPA), event.gpa, 1);
+		ret = __userfault_resolve(self->fd, event.gpa, page_size,
+					  armed ? 0 : KVM_USERFAULT_WAKE_ONLY, 0);
+		/* Once the last bit is clear nobody waits for the end of this. */
+		TEST_ASSERT(!ret || errno == ENODEV,
+			    KVM_IOCTL_ERROR(KVM_USERFAULT_RESOLVE, ret));
 	}
 }
 
@@ -2958,6 +2988,154 @@ userfault_test(async_vcpu, needs_its_flag)
 	agent_expect_userfault(self->vcpus[0], AGENT_READ, AGENT_GPA, 0, AGENT_GPA,
 			       USERFAULT_READ);
 	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_records), 0);
+}
+
+/*
+ * Trace events.
+ */
+
+/* A buffer of our own, or NULL if tracefs is in neither place. */
+static const char *trace_create(void)
+{
+	static const char * const roots[] = {
+		"/sys/kernel/tracing",
+		"/sys/kernel/debug/tracing",
+	};
+	static char dir[128];
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(roots); i++) {
+		snprintf(dir, sizeof(dir), "%s/instances/userfault_test.%d", roots[i],
+			 getpid());
+		if (!mkdir(dir, 0700))
+			return dir;
+	}
+
+	return NULL;
+}
+
+static FILE *trace_open(const char *dir, const char *name, const char *mode)
+{
+	char path[256];
+	FILE *file;
+
+	snprintf(path, sizeof(path), "%s/%s", dir, name);
+	file = fopen(path, mode);
+	TEST_ASSERT(file, "Cannot open %s, errno %d", path, errno);
+	return file;
+}
+
+static void trace_write(const char *dir, const char *name, int value)
+{
+	FILE *file = trace_open(dir, name, "w");
+
+	fprintf(file, "%d", value);
+	TEST_ASSERT(!fclose(file), "Cannot write to %s, errno %d", name, errno);
+}
+
+static const char * const trace_events[] = {
+	"kvm_userfault_arm",
+	"kvm_userfault_clear",
+	"kvm_userfault_exit",
+	"kvm_userfault_wait",
+	"kvm_userfault_wake",
+};
+
+/* Those of this process, and of threads that it creates from now on. */
+static void trace_start(const char *dir)
+{
+	char name[128];
+	int i;
+
+	trace_write(dir, "options/event-fork", 1);
+	trace_write(dir, "set_event_pid", getpid());
+	for (i = 0; i < ARRAY_SIZE(trace_events); i++) {
+		snprintf(name, sizeof(name), "events/kvm/%s/enable", trace_events[i]);
+		trace_write(dir, name, 1);
+	}
+}
+
+/* How many there are, in @dir, with @text in it. */
+static int trace_count(const char *dir, const char *text)
+{
+	FILE *file = trace_open(dir, "trace", "r");
+	char line[512];
+	int nr = 0;
+
+	while (fgets(line, sizeof(line), file))
+		nr += line[0] != '#' && strstr(line, text);
+	fclose(file);
+	return nr;
+}
+
+static void __printf(3, 4) trace_assert(const char *dir, int nr, const char *format, ...)
+{
+	char text[256];
+	va_list args;
+
+	va_start(args, format);
+	vsnprintf(text, sizeof(text), format, args);
+	va_end(args);
+	TEST_ASSERT(trace_count(dir, text) == nr, "%d events, expected %d: %s",
+		    trace_count(dir, text), nr, text);
+}
+
+/* Each event of an exit for the first page, and of a wait for the second one. */
+static void trace_assert_all(const char *dir, const struct kvm_userfault_event *event)
+{
+	u64 gfn = AGENT_GPA / page_size;
+
+	trace_assert(dir, 1, "kvm_userfault_arm: %#016lx -- %#016lx\n", gfn, gfn + 2);
+	trace_assert(dir, 1, "kvm_userfault_exit: vcpu 0 gfn %#lx flags %#lx\n", gfn,
+		     (u64)USERFAULT_WRITE);
+	trace_assert(dir, 1, "kvm_userfault_clear: %#016lx -- %#016lx\n", gfn, gfn + 1);
+	trace_assert(dir, 1, "kvm_userfault_wait: id %llu vcpu 1 gpa %#llx flags %#llx\n",
+		     event->id, event->gpa, event->flags);
+	trace_assert(dir, 1, "kvm_userfault_clear: %#016lx -- %#016lx\n", gfn + 1, gfn + 2);
+	trace_assert(dir, 1, "kvm_userfault_wake: %#016lx -- %#016lx error 0\n", gfn + 1,
+		     gfn + 2);
+	/* Nobody was to be woken for the first one. */
+	trace_assert(dir, 6, "kvm_userfault_");
+}
+
+static void trace_accesses(const char *dir)
+{
+	struct kvm_userfault_event event;
+	struct kvm_access access;
+	struct kvm_vcpu *vcpus[2];
+	struct kvm_vm *vm = agent_create_vm(VM_SHAPE_DEFAULT, 2, vcpus);
+	int fd;
+
+	agent_add_memory(vm, VM_MEM_SRC_ANONYMOUS, AGENT_GPA, AGENT_SLOT, NR_PAGES, 0);
+	vm_userfault_enable_async(vm, 0);
+	fd = vm_create_userfault_fd(vm);
+
+	trace_start(dir);
+	vm_userfault_arm(vm, AGENT_GPA, 2 * page_size);
+	agent_expect_userfault(vcpus[0], AGENT_WRITE, AGENT_GPA, 1, AGENT_GPA,
+			       USERFAULT_WRITE);
+	userfault_resolve(fd, AGENT_GPA, page_size, 0, 0);
+	agent_finish(vcpus[0]);
+
+	kvm_access_start(&access, vcpus[1], page_gpa(1));
+	event = userfault_read(fd);
+	userfault_resolve(fd, page_gpa(1), page_size, 0, 0);
+	waiter_join(&access.waiter);
+	trace_assert_all(dir, &event);
+
+	kvm_close(fd);
+	kvm_vm_free(vm);
+}
+
+userfault_test(capability, trace_events)
+{
+	const char *dir = trace_create();
+
+	if (!dir)
+		SKIP(return, "There is no tracefs, or not for us");
+
+	trace_accesses(dir);
+	TEST_ASSERT(!rmdir(dir), "rmdir() failed, errno %d", errno);
 }
 
 int main(int argc, char *argv[])

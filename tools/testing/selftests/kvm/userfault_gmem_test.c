@@ -16,6 +16,7 @@
 
 #include "kselftest_harness.h"
 #include "kvm_util.h"
+#include "numaif.h"
 #include "processor.h"
 #include "test_util.h"
 #include "ucall_common.h"
@@ -289,6 +290,35 @@ userfault_test(gmem, allocating_while_armed)
 		assert_guest_page_is_zero(self, i);
 }
 
+/* Of pages that vCPUs allocate: one by one, each from the other node. */
+userfault_test(gmem, memory_policy_is_honoured)
+{
+	void *pages[4];
+	unsigned long node;
+	int nodes[4];
+	u64 i;
+
+	if (!is_multi_numa_node_system())
+		SKIP(return, "There is one NUMA node only");
+
+	arm(self, 0, 4);
+	for (i = 0; i < 4; i++) {
+		pages[i] = hva_page(self, i);
+		node = BIT(!(i % 2));
+		kvm_mbind(pages[i], page_size, MPOL_BIND, &node, 8, 0);
+		expect_read_fault(self, i);
+		assert_in_file(self, i, false);
+		clear(self, i, 1);
+		TEST_ASSERT_EQ(agent_finish(self->vcpu), 0);
+		assert_in_file(self, i, true);
+		READ_ONCE(*hva_page(self, i));
+	}
+
+	kvm_move_pages(0, 4, pages, NULL, nodes, 0);
+	for (i = 0; i < 4; i++)
+		TEST_ASSERT_EQ(nodes[i], !(i % 2));
+}
+
 /*
  * Memslots.
  */
@@ -492,10 +522,15 @@ userfault_test(gmem, enabling_while_vcpus_fault)
  * Everything at once.  vCPUs read all pages, over and over, and must see nothing
  * but their content.  Meanwhile pages are armed, and then spoilt or removed, and
  * whoever gets the exit fills them again.  Others write pages that happen to be
- * missing, and make and close files and memslots.
+ * missing, and make and close files and memslots, where vCPUs read as well.
  */
 
 #define RACE_MSECS	3000
+/* In case that is not enough for all that can happen to happen. */
+#define RACE_MAX_MSECS	(USERFAULT_TIMEOUT_SECS * 1000)
+
+/* What vCPUs read where there is no memory. */
+#define RACE_MMIO	0x0badc0de0badc0deull
 
 struct race {
 	gmem_data *gmem;
@@ -503,7 +538,10 @@ struct race {
 	/* Protects filling and releasing against arming and spoiling. */
 	pthread_mutex_t locks[GMEM_PAGES];
 	bool spoilt[GMEM_PAGES];
-	atomic_ullong nr_sweeps, nr_exits, nr_holes, nr_writes, nr_files;
+	atomic_ullong nr_sweeps, nr_exits, nr_holes, nr_writes;
+	/* Files that have come and gone at OTHER_GPA, and what vCPUs met there. */
+	atomic_ullong nr_files;
+	atomic_ullong nr_contents, nr_mmios, nr_armed, nr_closed;
 };
 
 /*
@@ -540,10 +578,79 @@ static u64 *race_alloc_buf(void)
 	return kvm_has_guest_memfd_flags(GUEST_MEMFD_FLAG_WRITE) ? malloc(page_size) : NULL;
 }
 
+/* Each file has a content of its own, for none to be taken for another one. */
+static u64 race_file_content(u64 nr)
+{
+	return agent_page_content(OTHER_GPA) + nr;
+}
+
+static void race_assert_closed(struct kvm_vcpu *vcpu, int ret)
+{
+	struct kvm_run *run = vcpu->run;
+
+	if (errno != EFAULT || run->exit_reason != KVM_EXIT_MEMORY_FAULT ||
+	    run->memory_fault.flags || run->memory_fault.gpa != OTHER_GPA)
+		vcpu_fail_run(vcpu, ret, "an exit for a file that is closed");
+}
+
+/* Returns whether the read was performed, otherwise it is to be tried again. */
+static bool race_run_file(struct race *r, struct kvm_vcpu *vcpu, bool *mmio)
+{
+	struct kvm_run *run = vcpu->run;
+	int ret = _vcpu_run(vcpu);
+	u64 val = RACE_MMIO;
+	struct ucall uc;
+
+	if (vcpu_has_userfault(vcpu, ret)) {
+		vcpu_assert_userfault(vcpu, OTHER_GPA, USERFAULT_READ);
+		atomic_fetch_add(&r->nr_armed, 1);
+	} else if (ret) {
+		race_assert_closed(vcpu, ret);
+		atomic_fetch_add(&r->nr_closed, 1);
+	} else if (run->exit_reason == KVM_EXIT_MMIO && run->mmio.phys_addr == OTHER_GPA) {
+		memcpy(run->mmio.data, &val, sizeof(val));
+		*mmio = true;
+		atomic_fetch_add(&r->nr_mmios, 1);
+	} else {
+		TEST_ASSERT_EQ(get_ucall(vcpu, &uc), UCALL_SYNC);
+		return true;
+	}
+
+	return false;
+}
+
+/*
+ * Whatever becomes of the read, it ends: with the content of a file that was there in
+ * the meantime, or because there is no memslot.
+ */
+static void race_read_file(struct race *r, struct kvm_vcpu *vcpu)
+{
+	u64 first = atomic_load(&r->nr_files);
+	bool mmio = false;
+	u64 val, last;
+
+	agent_request(vcpu, AGENT_READ, OTHER_GPA, 0);
+	while (!race_run_file(r, vcpu, &mmio))
+		usleep(20);
+	val = agent_result(vcpu);
+	last = atomic_load(&r->nr_files);
+
+	if (mmio) {
+		TEST_ASSERT_EQ(val, RACE_MMIO);
+		return;
+	}
+	TEST_ASSERT(val - race_file_content(first) <= last - first,
+		    "vCPU %u read %#lx, which none of the files %lu to %lu holds",
+		    vcpu->id, val, first, last);
+	atomic_fetch_add(&r->nr_contents, 1);
+}
+
 static void race_run_vcpu(struct race *r, struct kvm_vcpu *vcpu)
 {
+	struct kvm_random_state rng = new_kvm_random_state(10 + vcpu->id);
 	u64 *buf = race_alloc_buf();
 	enum agent_exit exit;
+	u32 i;
 
 	do {
 		agent_request(vcpu, AGENT_CHECK, AGENT_GPA, GMEM_PAGES);
@@ -559,6 +666,8 @@ static void race_run_vcpu(struct race *r, struct kvm_vcpu *vcpu)
 		TEST_ASSERT(!agent_result(vcpu), "vCPU %u read %lu pages that were not filled",
 			    vcpu->id, agent_result(vcpu));
 		atomic_fetch_add(&r->nr_sweeps, 1);
+		for (i = kvm_random_u32(&rng) % 8; i; i--)
+			race_read_file(r, vcpu);
 	} while (!atomic_load(&r->stop));
 	free(buf);
 }
@@ -624,32 +733,80 @@ static void *race_writer(void *arg)
 	return NULL;
 }
 
+static void race_fill_file(int fd, u64 nr)
+{
+	u64 *mem = kvm_mmap(page_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
+	u64 i;
+
+	for (i = 0; i < page_size / sizeof(*mem); i++)
+		mem[i] = race_file_content(nr);
+	kvm_munmap(mem, page_size);
+}
+
+static void race_set_slot(struct race *r, u64 size, int fd)
+{
+	vm_set_user_memory_region2(r->gmem->vm, OTHER_SLOT, KVM_MEM_GUEST_MEMFD, OTHER_GPA,
+				   size, NULL, fd, 0);
+}
+
+/* The page is armed before it is there, and may never be filled. */
+static void race_use_file(struct race *r, struct kvm_random_state *rng, bool fill,
+			  bool close_first)
+{
+	struct kvm_vm *vm = r->gmem->vm;
+	int fd;
+
+	vm_userfault_arm(vm, OTHER_GPA, page_size);
+	fd = vm_create_guest_memfd(vm, page_size, MAPPABLE_GUEST_MEMFD_FLAGS);
+	race_set_slot(r, page_size, fd);
+	usleep(kvm_random_u32(rng) % 500);
+	if (fill) {
+		race_fill_file(fd, atomic_load(&r->nr_files));
+		vm_userfault_clear(vm, OTHER_GPA, page_size);
+		usleep(kvm_random_u32(rng) % 500);
+	}
+
+	if (close_first) {
+		close(fd);
+		/* There is nothing left to be filled, nor to be read. */
+		vm_userfault_clear(vm, OTHER_GPA, page_size);
+		usleep(kvm_random_u32(rng) % 500);
+	}
+	race_set_slot(r, 0, -1);
+	if (!close_first)
+		close(fd);
+	vm_userfault_clear(vm, OTHER_GPA, page_size);
+}
+
 /* The file goes before the memslot, or after it. */
 static void *race_closer(void *arg)
 {
+	struct kvm_random_state rng = new_kvm_random_state(3);
 	struct race *r = arg;
-	struct kvm_vm *vm = r->gmem->vm;
-	bool file_first = false;
-	int fd;
 
 	while (!atomic_load(&r->stop)) {
-		fd = vm_create_guest_memfd(vm, page_size, MAPPABLE_GUEST_MEMFD_FLAGS);
-		vm_set_user_memory_region2(vm, OTHER_SLOT, KVM_MEM_GUEST_MEMFD, OTHER_GPA,
-					   page_size, NULL, fd, 0);
-		vm_userfault_arm(vm, OTHER_GPA, page_size);
-		if (file_first)
-			close(fd);
-		vm_set_user_memory_region2(vm, OTHER_SLOT, KVM_MEM_GUEST_MEMFD, OTHER_GPA,
-					   0, NULL, -1, 0);
-		if (!file_first)
-			close(fd);
-		vm_userfault_clear(vm, OTHER_GPA, page_size);
-
-		file_first = !file_first;
+		race_use_file(r, &rng, kvm_random_bool(&rng), kvm_random_bool(&rng));
 		atomic_fetch_add(&r->nr_files, 1);
 	}
 
 	return NULL;
+}
+
+static bool race_has_seen_all(struct race *r)
+{
+	return r->nr_sweeps && r->nr_exits && r->nr_holes && r->nr_files &&
+	       r->nr_contents && r->nr_mmios && r->nr_armed && r->nr_closed &&
+	       (r->nr_writes || !kvm_has_guest_memfd_flags(GUEST_MEMFD_FLAG_WRITE));
+}
+
+static void race_wait(struct race *r)
+{
+	u64 end = userfault_now_ms() + RACE_MAX_MSECS;
+
+	usleep(RACE_MSECS * 1000);
+	while (!race_has_seen_all(r) && userfault_now_ms() < end)
+		usleep(1000);
+	atomic_store(&r->stop, true);
 }
 
 userfault_test(gmem, races)
@@ -662,19 +819,20 @@ userfault_test(gmem, races)
 	int i;
 
 	arm(self, 0, GMEM_PAGES);
+	agent_map(self->vm, OTHER_GPA, OTHER_GPA, page_size);
 	for (i = 0; i < GMEM_PAGES; i++)
 		pthread_mutex_init(&r.locks[i], NULL);
 	for (i = 0; i < ARRAY_SIZE(fns); i++)
 		kvm_pthread_create(&threads[i], NULL, fns[i], &r);
-	usleep(RACE_MSECS * 1000);
-	atomic_store(&r.stop, true);
+	race_wait(&r);
 	for (i = 0; i < ARRAY_SIZE(fns); i++)
 		kvm_pthread_join(threads[i], NULL);
 
-	pr_info("# %llu sweeps, %llu exits, %llu holes, %llu writes, %llu files\n",
-		r.nr_sweeps, r.nr_exits, r.nr_holes, r.nr_writes, r.nr_files);
-	TEST_ASSERT(r.nr_sweeps && r.nr_exits && r.nr_holes && r.nr_files,
-		    "Somebody did nothing");
+	pr_info("# %llu sweeps, %llu exits, %llu holes, %llu writes\n", r.nr_sweeps,
+		r.nr_exits, r.nr_holes, r.nr_writes);
+	pr_info("# %llu files: %llu reads, %llu of nothing, %llu while armed, %llu of closed ones\n",
+		r.nr_files, r.nr_contents, r.nr_mmios, r.nr_armed, r.nr_closed);
+	TEST_ASSERT(race_has_seen_all(&r), "Somebody did nothing");
 }
 
 int main(int argc, char *argv[])

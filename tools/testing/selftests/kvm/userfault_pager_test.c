@@ -9,6 +9,7 @@
 #include <sched.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -99,12 +100,21 @@ enum pager_stop {
 	STOP_NEVER,
 	STOP_IDLE,		/* Does not read. */
 	STOP_IN_READ,		/* Sleeps in read(), having read nothing. */
+	STOP_IN_POLL,		/* Sleeps in poll(). */
+	STOP_IN_EPOLL,		/* Sleeps in epoll_wait(). */
+	STOP_IN_IO_URING,	/* Has asked for a record by io_uring. */
 	STOP_READ,		/* Has read a record. */
 	STOP_READ_ALL,		/* Has read all of them. */
 	STOP_FILLED,		/* Has filled a page. */
 	STOP_CLEARED,		/* Has cleared its bit and woken nobody. */
-	NR_STOPS,
+	STOP_CLEAR_ONLY,	/* Has done so by KVM_USERFAULT_CLEAR_ONLY. */
 };
+
+/* With nothing read, and nothing there to be read. */
+static bool stops_asleep(u64 stop_at)
+{
+	return stop_at >= STOP_IN_READ && stop_at <= STOP_IN_IO_URING;
+}
 
 static void stop(int sock)
 {
@@ -117,6 +127,7 @@ static void stop(int sock)
 static void pager_resolve(int fd, void *mem, u8 *bitmap, gpa_t gpa, u64 stop_at, int sock)
 {
 	u64 page = (gpa - AGENT_GPA) / page_size;
+	int ret;
 
 	TEST_ASSERT(page < NR_PAGES, "A record of page %#lx", gpa);
 
@@ -124,11 +135,51 @@ static void pager_resolve(int fd, void *mem, u8 *bitmap, gpa_t gpa, u64 stop_at,
 		agent_fill(mem + page * page_size, gpa, 1);
 		if (stop_at == STOP_FILLED)
 			stop(sock);
-		userfault_clear_bit(bitmap, page);
+		if (stop_at == STOP_CLEAR_ONLY)
+			userfault_resolve(fd, gpa, page_size, KVM_USERFAULT_CLEAR_ONLY, 0);
+		else
+			userfault_clear_bit(bitmap, page);
 	}
-	if (stop_at == STOP_CLEARED)
+	if (stop_at == STOP_CLEARED || stop_at == STOP_CLEAR_ONLY)
 		stop(sock);
-	userfault_resolve(fd, gpa, page_size, KVM_USERFAULT_WAKE_ONLY, 0);
+
+	/* Once the last bit is clear the VM may go at any time. */
+	ret = __userfault_resolve(fd, gpa, page_size, KVM_USERFAULT_WAKE_ONLY, 0);
+	TEST_ASSERT(!ret || errno == ENODEV, KVM_IOCTL_ERROR(KVM_USERFAULT_RESOLVE, ret));
+}
+
+/* It is killed before there is anything. */
+static void pager_sleep(int fd, u64 stop_at, int sock)
+{
+	struct pollfd pollfd = { .fd = fd, .events = POLLIN };
+	struct epoll_event epoll_event = { .events = EPOLLIN };
+	struct kvm_userfault_event event;
+	struct ring ring;
+	int epfd;
+
+	switch (stop_at) {
+	case STOP_IN_POLL:
+		tell(sock);
+		poll(&pollfd, 1, -1);
+		break;
+	case STOP_IN_EPOLL:
+		epfd = epoll_create1(0);
+		TEST_ASSERT(!epoll_ctl(epfd, EPOLL_CTL_ADD, fd, &epoll_event),
+			    "epoll_ctl() failed, errno %d", errno);
+		tell(sock);
+		epoll_wait(epfd, &epoll_event, 1, -1);
+		break;
+	case STOP_IN_IO_URING:
+		TEST_ASSERT(ring_create(&ring), "There is no io_uring");
+		ring_submit(&ring, IORING_OP_READ, fd, &event, sizeof(event), 0);
+		ring_assert_waits(&ring);
+		stop(sock);
+	default:
+		tell(sock);
+		read(fd, &event, sizeof(event));
+	}
+
+	TEST_FAIL("It does not sleep");
 }
 
 static void pager_fn(int sock, u64 stop_at)
@@ -145,8 +196,8 @@ static void pager_fn(int sock, u64 stop_at)
 	bitmap = userfault_map_bitmap(fds[0], AGENT_GPA);
 	if (stop_at == STOP_IDLE)
 		stop(sock);
-	if (stop_at == STOP_IN_READ)
-		tell(sock);
+	if (stops_asleep(stop_at))
+		pager_sleep(fds[0], stop_at, sock);
 
 	while ((ret = read(fds[0], events, nr * sizeof(*events)))) {
 		TEST_ASSERT(ret > 0 && !(ret % sizeof(*events)),
@@ -260,16 +311,16 @@ static void test_successor(u64 stop_at)
 	create_vm(&state);
 	send_userfault_fd(&state, &pager);
 
-	if (stop_at != STOP_IN_READ)
+	if (!stops_asleep(stop_at))
 		start_accesses(&state);
 	hear(pager.sock);
-	if (stop_at == STOP_IN_READ)
+	if (stops_asleep(stop_at))
 		userfault_wait_until(task_state(pager.pid, pager.pid) == 'S');
 
 	/* Before the first one goes, or the accesses fail. */
 	send_userfault_fd(&state, &successor);
 	process_kill(&pager);
-	if (stop_at == STOP_IN_READ)
+	if (stops_asleep(stop_at))
 		start_accesses(&state);
 
 	join_accesses(&state);
@@ -286,6 +337,28 @@ userfault_test(pager, pager_killed_idle)
 userfault_test(pager, pager_killed_in_read)
 {
 	test_successor(STOP_IN_READ);
+}
+
+userfault_test(pager, pager_killed_in_poll)
+{
+	test_successor(STOP_IN_POLL);
+}
+
+userfault_test(pager, pager_killed_in_epoll_wait)
+{
+	test_successor(STOP_IN_EPOLL);
+}
+
+/* The request goes a bit later than the process, and takes no record along. */
+userfault_test(pager, pager_killed_with_a_read_by_io_uring)
+{
+	struct ring ring;
+
+	if (!ring_create(&ring))
+		SKIP(return, "There is no io_uring");
+
+	kvm_close(ring.fd);
+	test_successor(STOP_IN_IO_URING);
 }
 
 userfault_test(pager, pager_killed_with_a_record)
@@ -308,32 +381,78 @@ userfault_test(pager, pager_killed_before_waking)
 	test_successor(STOP_CLEARED);
 }
 
-/*
- * With no pager left the guest does not get a page that was not filled, and the VMM
- * sees why.
- */
-userfault_test(pager, last_pager_killed)
+userfault_test(pager, pager_killed_after_clear_only)
 {
-	struct kvm_vcpu *vcpu;
+	test_successor(STOP_CLEAR_ONLY);
+}
+
+/* To the vCPU the page is armed, whatever it contains. */
+static void fill_for_vcpu(struct vm_state *state, u64 page)
+{
+	struct kvm_vcpu *vcpu = state->vcpus[0];
+	gpa_t gpa = page_gpa(page);
+
+	agent_expect_userfault(vcpu, AGENT_READ, gpa, 0, gpa, USERFAULT_READ);
+	agent_fill(state->hva + page * page_size, gpa, 1);
+	vm_userfault_clear(state->vm, gpa, page_size);
+	TEST_ASSERT_EQ(agent_finish(vcpu), agent_page_content(gpa));
+}
+
+/*
+ * With no pager left the guest does not get a page whose bit is set, and the VMM sees
+ * why.  An access whose page was cleared goes on, though nobody was left to wake it.
+ */
+static void test_last_pager(u64 stop_at, int error)
+{
 	struct process pager;
 	struct vm_state state;
+	void *page;
 
-	process_start(&pager, pager_fn, STOP_READ_ALL);
+	process_start(&pager, pager_fn, stop_at);
 	create_vm(&state);
-	send_userfault_fd(&state, &pager);
-	vcpu = state.vcpus[0];
+	page = state.hva + page_size;
 
+	/* It sleeps before the pager can do anything. */
 	kvm_access_start(&state.accesses[1], state.vcpus[1], page_gpa(1));
+	userfault_wait_until(vm_get_stat(state.vm, userfault_records) == 1);
+	waiter_assert_asleep(&state.accesses[1].waiter);
+	send_userfault_fd(&state, &pager);
 	hear(pager.sock);
+	waiter_assert_asleep(&state.accesses[1].waiter);
 	process_kill(&pager);
 	waiter_join(&state.accesses[1].waiter);
-	TEST_ASSERT_EQ(*(u64 *)(state.hva + page_size), 0xeeeeeeeeeeeeeeeeull);
+	TEST_ASSERT_EQ(state.accesses[1].error, error);
 
-	agent_expect_userfault(vcpu, AGENT_READ, AGENT_GPA, 0, AGENT_GPA, USERFAULT_READ);
-	agent_fill(state.hva, AGENT_GPA, 1);
-	vm_userfault_clear(state.vm, AGENT_GPA, page_size);
-	TEST_ASSERT_EQ(agent_finish(vcpu), agent_page_content(AGENT_GPA));
+	/* An access that has failed has not touched the page. */
+	if (error && stop_at == STOP_FILLED)
+		agent_assert_content(page, page_gpa(1), 1);
+	else if (error)
+		TEST_ASSERT_EQ(*(u64 *)page, 0xeeeeeeeeeeeeeeeeull);
+
+	fill_for_vcpu(&state, 0);
+	if (error)
+		fill_for_vcpu(&state, 1);
 	kvm_vm_free(state.vm);
+}
+
+userfault_test(pager, last_pager_killed)
+{
+	test_last_pager(STOP_READ_ALL, EFAULT);
+}
+
+userfault_test(pager, last_pager_killed_after_filling)
+{
+	test_last_pager(STOP_FILLED, EFAULT);
+}
+
+userfault_test(pager, last_pager_killed_before_waking)
+{
+	test_last_pager(STOP_CLEARED, 0);
+}
+
+userfault_test(pager, last_pager_killed_after_clear_only)
+{
+	test_last_pager(STOP_CLEAR_ONLY, 0);
 }
 
 /*
@@ -634,8 +753,35 @@ static void thread_kill(struct thread *thread)
 	kvm_munmap(thread->stack, STACK_SIZE);
 }
 
+enum thread_state {
+	THREAD_WAITS,		/* for a page, with its record not read */
+	THREAD_READ,		/* as its record was */
+	THREAD_CLEARED,		/* though its page is there: nobody has woken it */
+	NR_THREAD_STATES,
+};
+
+static void let_thread_get_to(struct vm_state *state, int fd, struct thread *thread,
+			      enum thread_state what)
+{
+	userfault_wait_for_waiters(fd, 2);
+	userfault_wait_until(task_is_asleep(thread->pid, thread->pid));
+	waiter_assert_asleep(&state->accesses[2].waiter);
+	if (what == THREAD_WAITS)
+		return;
+
+	userfault_read(fd);
+	userfault_read(fd);
+	if (what == THREAD_READ)
+		return;
+
+	agent_fill(state->hva, AGENT_GPA, 1);
+	userfault_resolve(fd, AGENT_GPA, page_size, KVM_USERFAULT_CLEAR_ONLY, 0);
+	usleep(20000);
+	TEST_ASSERT(task_is_asleep(thread->pid, thread->pid), "It was woken");
+}
+
 static void test_thread(struct vm_state *state, int (*fn)(void *arg), void *arg,
-			bool read_record)
+			enum thread_state what)
 {
 	int fd = vm_create_userfault_fd(state->vm);
 	struct userfault_counts counts;
@@ -646,24 +792,22 @@ static void test_thread(struct vm_state *state, int (*fn)(void *arg), void *arg,
 	userfault_wait_for_waiters(fd, 1);
 
 	thread_start(&thread, fn, arg);
-	userfault_wait_for_waiters(fd, 2);
-	if (read_record) {
-		userfault_read(fd);
-		userfault_read(fd);
-	}
-	userfault_wait_until(task_is_asleep(thread.pid, thread.pid));
+	let_thread_get_to(state, fd, &thread, what);
 	thread_kill(&thread);
 
 	/* It took its record along. */
 	counts = userfault_get_counts(fd);
 	TEST_ASSERT_EQ(counts.waiting, 1);
-	TEST_ASSERT_EQ(counts.pending, !read_record);
-	TEST_ASSERT_EQ(counts.delivered, read_record);
+	TEST_ASSERT_EQ(counts.pending, what == THREAD_WAITS);
+	TEST_ASSERT_EQ(counts.delivered, what != THREAD_WAITS);
 	waiter_assert_asleep(&state->accesses[2].waiter);
 
-	agent_fill(state->hva, AGENT_GPA, 1);
-	userfault_resolve(fd, AGENT_GPA, page_size, 0, 0);
+	if (what != THREAD_CLEARED)
+		agent_fill(state->hva, AGENT_GPA, 1);
+	userfault_resolve(fd, AGENT_GPA, page_size,
+			  what == THREAD_CLEARED ? KVM_USERFAULT_WAKE_ONLY : 0, 0);
 	waiter_join(&state->accesses[2].waiter);
+	TEST_ASSERT_EQ(state->accesses[2].error, 0);
 	kvm_close(fd);
 	kvm_vm_free(state->vm);
 }
@@ -674,7 +818,7 @@ userfault_test(pager, thread_killed_in_an_access_by_kvm)
 	struct vm_state state;
 	int i;
 
-	for (i = 0; i < 2; i++) {
+	for (i = 0; i < NR_THREAD_STATES; i++) {
 		create_vm(&state);
 		access.vcpu = state.vcpus[1];
 		access.gpa = AGENT_GPA;
@@ -687,7 +831,7 @@ userfault_test(pager, thread_killed_in_kvm_run)
 	struct vm_state state;
 	int i;
 
-	for (i = 0; i < 2; i++) {
+	for (i = 0; i < NR_THREAD_STATES; i++) {
 		create_vm(&state);
 		agent_request(state.vcpus[0], AGENT_READ, AGENT_GPA, 0);
 		test_thread(&state, clone_run_fn, state.vcpus[0], i);

@@ -12,8 +12,12 @@
  * Everything is checked twice.  The guest knows what each page has to contain, and
  * would notice as well if the VMM had run it on a page as it was in an earlier round.
  * And the hash of each page when it was placed has to be that of the page at the
- * source when the guest was stopped there.
+ * source when the guest was stopped there.  With userfaultfd the guest may write to a
+ * page before that can be hashed: it is the hash of what was to be placed.  So the pages
+ * that the guest does not change are hashed once more, in memory, after the last of them
+ * was placed.
  */
+#include <ctype.h>
 #include <fcntl.h>
 #include <linux/bitmap.h>
 #include <linux/futex.h>
@@ -1200,6 +1204,28 @@ static void dest_wait_for_pages(struct destination *dest)
 		print_progress(0);
 }
 
+/* What the guest never changes is, in memory, as it was at the source. */
+static void dest_check_memory(const u64 *hashes)
+{
+	struct postcopy_region *region = &mem.regions[1];
+	u64 nr_kvm_pages = opts.nr_vcpus;
+	u64 i, page, nr = 0;
+
+	/* In a huge page is always something that is changed. */
+	if (region->unit != page_size)
+		return;
+
+	for (i = 0; i < region->nr - nr_kvm_pages; i++) {
+		if (page_kind(i) == PAGE_HOT)
+			continue;
+		page = region->first + i;
+		TEST_ASSERT(postcopy_hash(page, postcopy_page_hva(&mem, page), page_size) ==
+			    hashes[page], "Page %lu has changed", page);
+		nr++;
+	}
+	TEST_ASSERT(nr, "There are no such pages");
+}
+
 static void dest_check_hashes(struct destination *dest)
 {
 	u64 *hashes = dest->buf;
@@ -1216,6 +1242,7 @@ static void dest_check_hashes(struct destination *dest)
 			    "Page %lu is not what it was at the source", page);
 		report->hash = report->hash * 31 + hashes[page];
 	}
+	dest_check_memory(hashes);
 }
 
 /* Nothing may be left that only KVM_USERFAULT_DISABLE would have an effect on. */
@@ -1248,6 +1275,25 @@ static int compare_u64(const void *a, const void *b)
 	return x < y ? -1 : x > y;
 }
 
+/*
+ * What was sent because somebody asked for it has taken the way there and back.  There
+ * is such a page: nothing is streamed before the first one is asked for.
+ */
+static void check_latencies(void)
+{
+	struct postcopy_page *p;
+	u64 least = ~0ull;
+
+	for (p = shared->pages; p < shared->pages + mem.nr_pages; p++) {
+		if (p->sent_at_once && p->latency_ns && !p->nr_wrong)
+			least = min(least, p->latency_ns);
+	}
+
+	TEST_ASSERT(opts.failure || least != ~0ull, "No page was sent at once");
+	TEST_ASSERT(least >= 2 * opts.latency_us * 1000, "A page came after %lu us",
+		    least / 1000);
+}
+
 static void report_latencies(void)
 {
 	u64 *latencies = malloc(mem.nr_pages * sizeof(u64));
@@ -1264,6 +1310,18 @@ static void report_latencies(void)
 	report->latency_p99_ns = latencies[nr * 99 / 100];
 	report->latency_max_ns = latencies[nr - 1];
 	free(latencies);
+	check_latencies();
+}
+
+/* Whether it does so at the right times is for check_window(). */
+static void dest_check_window(struct postcopy_stats *stats)
+{
+	if (stats->streamed)
+		TEST_ASSERT(stats->window_grown && stats->max_window > POSTCOPY_MIN_WINDOW,
+			    "The window has not grown");
+	if (stats->window_faults)
+		TEST_ASSERT(stats->window_shrunk, "The window has not shrunk, by %lu faults",
+			    stats->window_faults);
 }
 
 static void dest_check_stats(struct destination *dest)
@@ -1277,6 +1335,7 @@ static void dest_check_stats(struct destination *dest)
 	if (mem.max_unit == page_size)
 		TEST_ASSERT(stats->zero && stats->streamed, "%lu pages zero, %lu streamed",
 			    stats->zero, stats->streamed);
+	dest_check_window(stats);
 	if (postcopy_uses_uffd(&opts))
 		TEST_ASSERT(stats->uffd_events, "Userfaultfd has not seen any access");
 	if (!postcopy_uses_userfault(&opts))
@@ -1348,6 +1407,42 @@ static void dest_main(void)
 	dest_check_stats(&dest);
 	dest_check_huge_mappings(&dest);
 	kvm_vm_free(dest.vm);
+}
+
+/*
+ * The rule for the window.
+ */
+
+static void window_stream(struct postcopy_window *window, u64 nr)
+{
+	while (nr--)
+		postcopy_window_streamed(window);
+}
+
+static void check_window(void)
+{
+	struct postcopy_window window;
+	u64 size;
+
+	/* It doubles when as many pages have come as there is room for. */
+	postcopy_window_reset(&window);
+	for (size = POSTCOPY_MIN_WINDOW; size < POSTCOPY_MAX_WINDOW; size *= 2) {
+		TEST_ASSERT_EQ(window.size, size);
+		window_stream(&window, size - 1);
+		TEST_ASSERT_EQ(window.size, size);
+		window_stream(&window, 1);
+	}
+	window_stream(&window, 2 * POSTCOPY_MAX_WINDOW);
+	TEST_ASSERT_EQ(window.size, POSTCOPY_MAX_WINDOW);
+
+	/* A fault cuts it in half, and what has come before that doesn't count any more. */
+	for (size = POSTCOPY_MAX_WINDOW / 2; size >= POSTCOPY_MIN_WINDOW; size /= 2) {
+		window_stream(&window, 2 * size - 1);
+		postcopy_window_fault(&window);
+		TEST_ASSERT_EQ(window.size, size);
+	}
+	postcopy_window_fault(&window);
+	TEST_ASSERT_EQ(window.size, POSTCOPY_MIN_WINDOW);
 }
 
 /*
@@ -1506,8 +1601,8 @@ static void print_report(void)
 		       report->nr_pages);
 	ksft_print_msg("  zero, not sent          %10lu\n", stats->zero);
 	ksft_print_msg("  asked for               %10lu\n", stats->asked);
-	ksft_print_msg("  streamed                %10lu, window up to %lu\n", stats->streamed,
-		       stats->max_window);
+	ksft_print_msg("  streamed                %10lu, window up to %lu, shrunk %lu times\n",
+		       stats->streamed, stats->max_window, stats->window_shrunk);
 	ksft_print_msg("faults                    %10lu: %lu exits, %lu records, %lu uffd\n",
 		       stats->exits + stats->records + stats->uffd_events, stats->exits,
 		       stats->records, stats->uffd_events);
@@ -1520,30 +1615,69 @@ static void print_report(void)
 	ksft_print_msg("hash of the memory        %#lx\n", report->hash);
 }
 
-static void print_json(void)
+static void write_json(FILE *f)
 {
 	struct postcopy_stats *stats = &report->stats;
 
-	printf("{\"mode\":\"%s\",\"backing\":\"%s\",\"external_pager\":%s,\"tcp\":%s,",
-	       mode_names[opts.mode], vm_mem_backing_src_alias(opts.src)->name,
-	       opts.external_pager ? "true" : "false", opts.tcp ? "true" : "false");
-	printf("\"bytes\":%lu,\"vcpus\":%u,\"rounds\":%u,\"latency_us\":%lu,", opts.size,
-	       opts.nr_vcpus, opts.rounds, opts.latency_us);
-	printf("\"blackout_us\":%lu,\"first_beat_us\":%lu,\"completion_us\":%lu,",
-	       report_us(report->stop_ns, report->run_ns),
-	       report_us(report->stop_ns, report->beat_ns),
-	       report_us(report->stop_ns, report->placed_ns));
-	printf("\"pages\":%lu,\"precopied\":%lu,\"stale\":%lu,\"zero\":%lu,", report->nr_pages,
-	       report->precopied, report->stale, stats->zero);
-	printf("\"asked\":%lu,\"streamed\":%lu,\"max_window\":%lu,", stats->asked,
-	       stats->streamed, stats->max_window);
-	printf("\"exits\":%lu,\"records\":%lu,\"uffd_events\":%lu,", stats->exits,
-	       stats->records, stats->uffd_events);
-	printf("\"fault_p50_us\":%lu,\"fault_p99_us\":%lu,\"fault_max_us\":%lu,",
-	       report->latency_p50_ns / 1000, report->latency_p99_ns / 1000,
-	       report->latency_max_ns / 1000);
-	printf("\"huge_mappings\":%lu,\"huge_blocks\":%lu,\"hash\":\"%#lx\"}\n",
-	       report->huge_mappings, report->huge_blocks, report->hash);
+	fprintf(f, "{\"mode\":\"%s\",\"backing\":\"%s\",\"external_pager\":%s,\"tcp\":%s,",
+		mode_names[opts.mode], vm_mem_backing_src_alias(opts.src)->name,
+		opts.external_pager ? "true" : "false", opts.tcp ? "true" : "false");
+	fprintf(f, "\"bytes\":%lu,\"vcpus\":%u,\"rounds\":%u,\"latency_us\":%lu,", opts.size,
+		opts.nr_vcpus, opts.rounds, opts.latency_us);
+	fprintf(f, "\"blackout_us\":%lu,\"first_beat_us\":%lu,\"completion_us\":%lu,",
+		report_us(report->stop_ns, report->run_ns),
+		report_us(report->stop_ns, report->beat_ns),
+		report_us(report->stop_ns, report->placed_ns));
+	fprintf(f, "\"pages\":%lu,\"precopied\":%lu,\"stale\":%lu,\"zero\":%lu,",
+		report->nr_pages, report->precopied, report->stale, stats->zero);
+	fprintf(f, "\"asked\":%lu,\"streamed\":%lu,\"max_window\":%lu,", stats->asked,
+		stats->streamed, stats->max_window);
+	fprintf(f, "\"exits\":%lu,\"records\":%lu,\"uffd_events\":%lu,", stats->exits,
+		stats->records, stats->uffd_events);
+	fprintf(f, "\"fault_p50_us\":%lu,\"fault_p99_us\":%lu,\"fault_max_us\":%lu,",
+		report->latency_p50_ns / 1000, report->latency_p99_ns / 1000,
+		report->latency_max_ns / 1000);
+	fprintf(f, "\"huge_mappings\":%lu,\"huge_blocks\":%lu,\"hash\":\"%#lx\"}\n",
+		report->huge_mappings, report->huge_blocks, report->hash);
+}
+
+/* Whoever reads the line looks for these by their names. */
+static const char * const figures[] = {
+	"bytes", "vcpus", "rounds", "latency_us", "blackout_us", "first_beat_us",
+	"completion_us", "pages", "precopied", "stale", "zero", "asked", "streamed",
+	"max_window", "exits", "records", "uffd_events", "fault_p50_us", "fault_p99_us",
+	"fault_max_us", "huge_mappings", "huge_blocks",
+};
+
+static void check_json(const char *json)
+{
+	char key[64];
+	char *figure;
+	int i;
+
+	TEST_ASSERT(!strncmp(json, "{\"mode\":\"", 9), "The mode is not first in %s", json);
+	for (i = 0; i < ARRAY_SIZE(figures); i++) {
+		snprintf(key, sizeof(key), ",\"%s\":", figures[i]);
+		figure = strstr(json, key);
+		TEST_ASSERT(figure && isdigit(figure[strlen(key)]), "No figure %s in %s",
+			    figures[i], json);
+	}
+}
+
+static void report_json(bool print)
+{
+	char *json = NULL;
+	size_t size;
+	FILE *f = open_memstream(&json, &size);
+
+	TEST_ASSERT(f, "open_memstream() failed, errno %d", errno);
+	write_json(f);
+	TEST_ASSERT(!fclose(f), "fclose() failed, errno %d", errno);
+
+	check_json(json);
+	if (print)
+		fputs(json, stdout);
+	free(json);
 }
 
 static void test_migration(enum postcopy_failure failure, bool json)
@@ -1560,10 +1694,10 @@ static void test_migration(enum postcopy_failure failure, bool json)
 	}
 	passed = run_migration();
 	ksft_test_result(passed, "%s %s\n", mode_names[opts.mode], failure_names[failure]);
-	if (passed && !failure)
+	if (passed && !failure) {
 		print_report();
-	if (passed && !failure && json)
-		print_json();
+		report_json(json);
+	}
 	opts = saved;
 }
 
@@ -1682,6 +1816,7 @@ int main(int argc, char *argv[])
 	page_size = getpagesize();
 	opts.size = align_up(opts.size, get_backing_src_pagesz(opts.src));
 	check_requirements();
+	check_window();
 
 	/* A page number takes 20 bits, and there are some pages for each vCPU. */
 	TEST_ASSERT(opts.size / page_size <= BIT(20) &&

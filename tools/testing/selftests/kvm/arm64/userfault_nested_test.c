@@ -7,6 +7,8 @@
  * L1 is the agent, at EL2.  L2 is at EL1, has L1's own page tables for its stage 1,
  * and does one thing before it returns to L1 by HVC.
  */
+#include <signal.h>
+
 #include <linux/bitfield.h>
 #include <linux/sizes.h>
 
@@ -29,7 +31,9 @@
 
 /* 39 bits, from level 1 on, 4 KiB pages, 40 bits of output, inner shareable, cached. */
 #define L2_VTCR			(BIT_ULL(31) | 2 << 16 | 3 << 12 | 1 << 10 | 1 << 8 | 1 << 6 | 25)
+#define L2_VTCR_HA		BIT_ULL(21)
 #define S2_BLOCK		(PTE_VALID | PTE_AF | PTE_SHARED | 0xf << 2 | 3 << 6)
+#define S2_TABLE		(PTE_VALID | PMD_TYPE_TABLE)
 
 /* Where a hypervisor with a VNCR_EL2 finds its VTTBR_EL2. */
 #define VNCR_VTTBR_EL2		0x20
@@ -40,6 +44,7 @@
 /* Both as L1 knows them: what L2 is to access, and L1's stage-2 table for it or 0. */
 static u64 l2_gva;
 static u64 l1_vttbr;
+static u64 l1_vtcr = L2_VTCR;
 static u64 l2_stack[512] __aligned(16);
 
 /* Where L1 goes on when L2 returns. */
@@ -117,7 +122,7 @@ static void guest_prepare_el1(u64 hcr)
 	copy_el2_to_el1(TTBR1);
 	copy_el2_to_el1(CPACR);
 	write_sysreg(l2_stack + ARRAY_SIZE(l2_stack), sp_el1);
-	write_sysreg(hcr & HCR_EL2_VM ? L2_VTCR : 0, vtcr_el2);
+	write_sysreg(hcr & HCR_EL2_VM ? l1_vtcr : 0, vtcr_el2);
 	write_sysreg(l1_vttbr, vttbr_el2);
 	sysreg_clear_set(hcr_el2, HCR_EL2_TGE | HCR_EL2_VM | HCR_EL2_NV | HCR_EL2_NV2, hcr);
 	isb();
@@ -146,17 +151,29 @@ static u64 guest_run_with_vncr(u64 l2)
 }
 
 /* Returns the physical address, or all ones. */
-static u64 guest_translate(u64 gva)
+static u64 guest_translate_with(u64 gva, u64 tcr)
 {
 	u64 par;
 
 	guest_prepare_el1(0);
+	write_sysreg_s(read_sysreg_s(SYS_TCR_EL12) | tcr, SYS_TCR_EL12);
+	isb();
 	write_sysreg_s(gva, OP_AT_S1E1R);
 	isb();
 	par = read_sysreg(par_el1);
 	sysreg_clear_set(hcr_el2, 0, HCR_EL2_TGE);
 	isb();
 	return par & SYS_PAR_EL1_F ? -1ull : par & SYS_PAR_EL1_PA;
+}
+
+static u64 guest_translate(u64 gva)
+{
+	return guest_translate_with(gva, 0);
+}
+
+static u64 guest_translate_and_mark(u64 gva)
+{
+	return guest_translate_with(gva, TCR_HA);
 }
 
 FIXTURE(nested) {
@@ -170,6 +187,14 @@ FIXTURE(nested) {
 
 #define l1_set(self, var, value)						\
 	(*(typeof(var) *)addr_gva2hva((self)->vm, (gva_t)&(var)) = (value))
+
+/* The descriptor in L1's table that leads L2 to the test's memory. */
+static u64 *stage_2_desc(nested_data *self)
+{
+	gpa_t table = *(u64 *)addr_gva2hva(self->vm, (gva_t)&l1_vttbr);
+
+	return (u64 *)addr_gpa2hva(self->vm, table) + L2_IPA / SZ_1G;
+}
 
 /* L1's table maps the lowest 5 GiB as they are, and the test's memory once more. */
 static void create_stage_2(nested_data *self)
@@ -244,6 +269,12 @@ static u64 expect_exit(nested_data *self, u64 (*fn)(u64 arg), u64 (*l2)(void), u
 	return agent_finish(self->vcpu);
 }
 
+/* The page that KVM knows by @hva. */
+static gpa_t page_of(nested_data *self, void *hva)
+{
+	return addr_hva2gpa(self->vm, hva) & ~(getpagesize() - 1ull);
+}
+
 static u64 word_of(nested_data *self, gpa_t gpa)
 {
 	return READ_ONCE(*(u64 *)addr_gpa2hva(self->vm, gpa));
@@ -274,7 +305,9 @@ static void finish_fn(void *arg)
 	agent_finish(arg);
 }
 
-static void expect_wait(nested_data *self, gpa_t gpa, u64 (*fn)(u64 arg), u64 arg)
+/* With something that happens while L1 waits, after which it does not wait again. */
+static void expect_wait_during(nested_data *self, gpa_t gpa, u64 (*fn)(u64 arg), u64 arg,
+			       void (*event)(nested_data *self, struct waiter *waiter))
 {
 	u64 nr = vm_get_stat(self->vm, userfault_records);
 	struct armed_page page;
@@ -283,10 +316,21 @@ static void expect_wait(nested_data *self, gpa_t gpa, u64 (*fn)(u64 arg), u64 ar
 	armed_page_init(&page, self->vm, gpa);
 	agent_request(self->vcpu, AGENT_EXEC, (gva_t)fn, arg);
 	waiter_start(&waiter, finish_fn, self->vcpu);
+	userfault_wait_for_waiters(self->fd, 1);
+	event(self, &waiter);
 	armed_page_expect_access(&page, self->fd, &waiter, USERFAULT_READ,
 				 self->vcpu->id, 0);
 	waiter_join(&waiter);
 	TEST_ASSERT_EQ(vm_get_stat(self->vm, userfault_records), nr + 1);
+}
+
+static void nothing(nested_data *self, struct waiter *waiter)
+{
+}
+
+static void expect_wait(nested_data *self, gpa_t gpa, u64 (*fn)(u64 arg), u64 arg)
+{
+	expect_wait_during(self, gpa, fn, arg, nothing);
 }
 
 /* KVM walks it, which is an access of its own. */
@@ -294,20 +338,130 @@ userfault_test(nested, stage_2_table)
 {
 	gva_t gva = L2_IPA + 3 * getpagesize();
 	u64 content = agent_page_content(page_gpa(3));
-	gpa_t table;
 
-	table = *(u64 *)addr_gva2hva(self->vm, (gva_t)&l1_vttbr);
 	l1_set(self, l2_gva, gva);
-	expect_wait(self, table, guest_run_under_stage_2, (u64)l2_read);
+	expect_wait(self, page_of(self, stage_2_desc(self)), guest_run_under_stage_2,
+		    (u64)l2_read);
 	TEST_ASSERT_EQ(agent_result(self->vcpu), content);
+}
+
+/* A table of L1 with a block of 2 MiB at its beginning. */
+static u64 *create_stage_2_table(nested_data *self, gpa_t gpa)
+{
+	u64 *table = addr_gva2hva(self->vm, vm_alloc_page(self->vm));
+
+	table[0] = gpa | S2_BLOCK;
+	return table;
+}
+
+#define OTHER_GPA		(AGENT_GPA + SZ_2M)
+
+/* As another vCPU of L1 might, which also invalidates the TLB. */
+static void replace_stage_2_table(nested_data *self, struct waiter *waiter)
+{
+	u64 *table = create_stage_2_table(self, OTHER_GPA);
+
+	WRITE_ONCE(*stage_2_desc(self), page_of(self, table) | S2_TABLE);
+}
+
+/*
+ * What the walk has seen before the wait is no reason to map anything: nobody would
+ * invalidate that any more.
+ */
+userfault_test(nested, stage_2_table_that_is_replaced_meanwhile)
+{
+	u64 *table = create_stage_2_table(self, AGENT_GPA);
+
+	agent_add_memory(self->vm, VM_MEM_SRC_ANONYMOUS, OTHER_GPA, AGENT_SLOT + 1, 1, 0);
+	*stage_2_desc(self) = page_of(self, table) | S2_TABLE;
+	l1_set(self, l2_gva, L2_IPA);
+	expect_wait_during(self, page_of(self, table), guest_run_under_stage_2, (u64)l2_read,
+			   replace_stage_2_table);
+	TEST_ASSERT_EQ(agent_result(self->vcpu), agent_page_content(OTHER_GPA));
+}
+
+/* The table of the last level for the test's memory, in L1's own page tables. */
+static gpa_t last_level_table(nested_data *self)
+{
+	return page_of(self, virt_get_pte_hva(self->vm, AGENT_GPA));
 }
 
 userfault_test(nested, address_translation)
 {
-	gpa_t table = addr_hva2gpa(self->vm, virt_get_pte_hva(self->vm, AGENT_GPA));
+	expect_wait(self, last_level_table(self), guest_translate, page_gpa(5));
+	TEST_ASSERT_EQ(agent_result(self->vcpu), page_gpa(5));
+}
 
-	table &= ~(getpagesize() - 1ull);
-	expect_wait(self, table, guest_translate, page_gpa(5));
+/* Whether L1 can leave it to the hardware, i.e. to KVM, to set access flags. */
+static bool has_access_flag_updates(nested_data *self)
+{
+	u64 reg = KVM_ARM64_SYS_REG(SYS_ID_AA64MMFR1_EL1);
+
+	return SYS_FIELD_GET(ID_AA64MMFR1_EL1, HAFDBS, vcpu_get_reg(self->vcpu, reg));
+}
+
+/* KVM has waited for the descriptor when it read it, and updates what it has read. */
+userfault_test(nested, access_flag_in_a_stage_2_table)
+{
+	u64 *desc = stage_2_desc(self);
+
+	if (!has_access_flag_updates(self))
+		SKIP(return, "Access flags are not updated by hardware");
+
+	*desc &= ~PTE_AF;
+	l1_set(self, l1_vtcr, L2_VTCR | L2_VTCR_HA);
+	l1_set(self, l2_gva, L2_IPA);
+	expect_wait(self, page_of(self, desc), guest_run_under_stage_2, (u64)l2_read);
+	TEST_ASSERT_EQ(agent_result(self->vcpu), agent_page_content(AGENT_GPA));
+	TEST_ASSERT_EQ(*desc, AGENT_GPA | S2_BLOCK);
+}
+
+userfault_test(nested, access_flag_for_address_translation)
+{
+	u64 *pte = virt_get_pte_hva(self->vm, page_gpa(5));
+	u64 old = *pte;
+
+	if (!has_access_flag_updates(self))
+		SKIP(return, "Access flags are not updated by hardware");
+
+	*pte &= ~PTE_AF;
+	expect_wait(self, last_level_table(self), guest_translate_and_mark, page_gpa(5));
+	TEST_ASSERT_EQ(agent_result(self->vcpu), page_gpa(5));
+	TEST_ASSERT_EQ(*pte, old);
+}
+
+/* Exits for userfaults wait, too, and signals end that. */
+static void enable_async_vcpu(nested_data *self)
+{
+	kvm_close(self->fd);
+	vm_userfault_disable(self->vm);
+	vm_userfault_enable_async(self->vm, KVM_USERFAULT_ASYNC_VCPU);
+	self->fd = vm_create_userfault_fd(self->vm);
+}
+
+static void handle_signal(int sig)
+{
+}
+
+static void interrupt(nested_data *self, struct waiter *waiter)
+{
+	struct sigaction action = { .sa_handler = handle_signal };
+
+	TEST_ASSERT(!sigaction(SIGUSR1, &action, NULL), "errno %d", errno);
+	TEST_ASSERT(!pthread_kill(waiter->thread, SIGUSR1), "pthread_kill()");
+}
+
+/* But not a walk, which would have to fail: L1 or L2 would get an abort. */
+userfault_test(nested, signals_do_not_end_walks)
+{
+	gpa_t table = page_of(self, stage_2_desc(self));
+
+	enable_async_vcpu(self);
+	l1_set(self, l2_gva, L2_IPA);
+	expect_wait_during(self, table, guest_run_under_stage_2, (u64)l2_read, interrupt);
+	TEST_ASSERT_EQ(agent_result(self->vcpu), agent_page_content(AGENT_GPA));
+	expect_wait_during(self, last_level_table(self), guest_translate, page_gpa(5),
+			   interrupt);
 	TEST_ASSERT_EQ(agent_result(self->vcpu), page_gpa(5));
 }
 

@@ -375,6 +375,49 @@ userfault_test(paths, lpi_pending_table_when_enabled)
 	TEST_ASSERT(call(self, guest_has_irq, 0), "The LPI was lost");
 }
 
+/* LPIs are enabled by then.  The table, where its bit is clear, does not take it back. */
+userfault_test(paths, msi_while_the_lpi_pending_table_is_read)
+{
+	struct armed_page page;
+	struct waiter waiter;
+
+	if (!enable_its(self))
+		SKIP(return, "There is no ITS");
+
+	TEST_ASSERT(!call(self, guest_disable_lpis, 0), "LPIs can't be disabled");
+	arm(self, &page, PENDING_TABLE);
+	TEST_ASSERT(!(*pending_byte(page.content, 0) & PENDING_BIT(0)), "The bit is set");
+	request_call(self, guest_enable_lpis, 0);
+	waiter_start(&waiter, finish_fn, self->vcpu);
+	userfault_wait_for_waiters(self->fd, 1);
+	TEST_ASSERT(signal_event(self, 0), "There is no event");
+	expect_access(self, &waiter, &page, USERFAULT_READ);
+	waiter_join(&waiter);
+	TEST_ASSERT(call(self, guest_has_irq, 0), "The LPI was lost");
+}
+
+/* Nor does it know of one that was pending and masked when LPIs were disabled. */
+userfault_test(paths, lpi_pending_table_without_a_masked_lpi)
+{
+	u8 *properties = self->hva + (PROPERTIES - AGENT_GPA);
+	u8 *table = self->hva + (PENDING_TABLE - AGENT_GPA);
+
+	if (!enable_its(self))
+		SKIP(return, "There is no ITS");
+
+	call(self, guest_map_event, 1);
+	TEST_ASSERT(signal_event(self, 1), "There is no event");
+	TEST_ASSERT(!call(self, guest_disable_lpis, 0), "LPIs can't be disabled");
+	TEST_ASSERT(!(*pending_byte(table, 1) & PENDING_BIT(1)), "The bit is set");
+	call(self, guest_enable_lpis, 0);
+	properties[1] = properties[0];
+	call(self, guest_invalidate, 0);
+	TEST_ASSERT(!call(self, guest_has_irq, 0), "An LPI that is not in the table");
+
+	TEST_ASSERT(signal_event(self, 1), "There is no event");
+	TEST_ASSERT(call(self, guest_has_irq, 0), "The LPI was lost");
+}
+
 /*
  * Ioctls of the devices.
  */

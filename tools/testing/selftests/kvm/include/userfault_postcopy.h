@@ -177,6 +177,8 @@ void postcopy_serve(int sock, const struct postcopy_options *opts,
 struct postcopy_page {
 	u32 state;
 	bool zero;
+	/* It came since it was asked for, not by the stream. */
+	bool sent_at_once;
 	u8 nr_wrong;
 	u64 asked_ns;
 	/* Between being asked for and having been placed. */
@@ -197,6 +199,10 @@ struct postcopy_stats {
 	u64 reconnects;
 	u64 window;
 	u64 max_window;
+	/* How often it did that, and how many faults found it larger than the least. */
+	u64 window_grown;
+	u64 window_shrunk;
+	u64 window_faults;
 };
 
 /* What the VMM and a pager in another process have in common. */
@@ -216,6 +222,23 @@ struct postcopy_shared {
 
 #define POSTCOPY_MAX_UFFDS	64
 
+/*
+ * How many pages may be on their way that nobody has asked for.  A page that is asked
+ * for comes behind all of these.  So the window doubles when it has been filled with no
+ * fault in between, and each fault cuts it in half.
+ */
+struct postcopy_window {
+	u64 size;
+	u64 since_fault;
+};
+
+#define POSTCOPY_MIN_WINDOW	1
+#define POSTCOPY_MAX_WINDOW	64
+
+void postcopy_window_reset(struct postcopy_window *window);
+void postcopy_window_fault(struct postcopy_window *window);
+void postcopy_window_streamed(struct postcopy_window *window);
+
 struct postcopy_pager {
 	const struct postcopy_options *opts;
 	const struct postcopy_address *address;
@@ -234,9 +257,8 @@ struct postcopy_pager {
 	/* Protects the connection, for senders, and the window. */
 	pthread_mutex_t lock;
 	int sock;
-	u64 window;
+	struct postcopy_window window;
 	u64 outstanding;
-	u64 since_fault;
 
 	int stop_fd;
 	pthread_t threads[POSTCOPY_MAX_UFFDS + 3];

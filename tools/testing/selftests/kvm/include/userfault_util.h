@@ -14,6 +14,7 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
+#include <linux/io_uring.h>
 #include <linux/sizes.h>
 
 #include "kvm_util.h"
@@ -268,6 +269,20 @@ bool task_is_asleep(pid_t pid, pid_t tid);
 void tell(int sock);
 void hear(int sock);
 
+/* The least of io_uring that it takes to have one request at a time. */
+struct ring {
+	struct io_uring_params params;
+	struct io_uring_sqe *sqes;
+	void *mem;
+	int fd;
+};
+
+/* Returns false if there is no io_uring. */
+bool ring_create(struct ring *ring);
+void ring_submit(struct ring *ring, u8 opcode, int fd, void *buf, u32 len, u32 events);
+void ring_assert_waits(struct ring *ring);
+s32 ring_result(struct ring *ring);
+
 /*
  * A page that is armed, and without its content until it is filled.  That shows whether
  * anything reads the page, or writes to it, before.
@@ -292,6 +307,8 @@ struct kvm_access {
 	struct kvm_vcpu *vcpu;
 	gpa_t gpa;
 	struct waiter waiter;
+	/* With which it failed, or 0.  For whoever has joined the waiter. */
+	int error;
 };
 
 struct kvm_vm *kvm_access_create_vm(u32 nr_vcpus, struct kvm_vcpu *vcpus[]);

@@ -506,6 +506,7 @@ struct postcopy_shared *postcopy_shared_alloc(u64 max_pages)
 u32 postcopy_mark_asked(struct postcopy_shared *shared, u64 page, u32 by)
 {
 	struct postcopy_page *p = &shared->pages[page];
+	u64 never = 0;
 
 	if (by == POSTCOPY_ASKED_BY_EXIT)
 		count(&shared->stats.exits);
@@ -514,8 +515,9 @@ u32 postcopy_mark_asked(struct postcopy_shared *shared, u64 page, u32 by)
 	else
 		count(&shared->stats.uffd_events);
 
-	if (!(__atomic_load_n(&p->state, __ATOMIC_ACQUIRE) & POSTCOPY_ASKED))
-		WRITE_ONCE(p->asked_ns, postcopy_now_ns());
+	/* Not any later than anybody's request. */
+	__atomic_compare_exchange_n(&p->asked_ns, &never, postcopy_now_ns(), false,
+				    __ATOMIC_RELAXED, __ATOMIC_RELAXED);
 
 	return __atomic_fetch_or(&p->state, by, __ATOMIC_ACQ_REL);
 }
@@ -702,22 +704,41 @@ static void pager_place_zero(struct postcopy_pager *pager, u64 page)
 }
 
 /*
- * The window: how many pages may be on their way that nobody has asked for.  A page
- * that is asked for comes behind all of these.
+ * The stream.
  */
 
-#define MIN_WINDOW	1
-#define MAX_WINDOW	64
+void postcopy_window_reset(struct postcopy_window *window)
+{
+	window->size = POSTCOPY_MIN_WINDOW;
+	window->since_fault = 0;
+}
 
-static void pager_set_window(struct postcopy_pager *pager, u64 window)
+void postcopy_window_fault(struct postcopy_window *window)
+{
+	window->size = max_t(u64, window->size / 2, POSTCOPY_MIN_WINDOW);
+	window->since_fault = 0;
+}
+
+void postcopy_window_streamed(struct postcopy_window *window)
+{
+	if (++window->since_fault < window->size)
+		return;
+
+	window->size = min_t(u64, window->size * 2, POSTCOPY_MAX_WINDOW);
+	window->since_fault = 0;
+}
+
+static void pager_update_window(struct postcopy_pager *pager,
+				void (*update)(struct postcopy_window *window))
 {
 	struct postcopy_stats *stats = &pager->shared->stats;
+	u64 old = pager->window.size;
 
-	pager->window = min_t(u64, max_t(u64, window, MIN_WINDOW), MAX_WINDOW);
-	pager->since_fault = 0;
-	WRITE_ONCE(stats->window, pager->window);
-	if (pager->window > stats->max_window)
-		stats->max_window = pager->window;
+	update(&pager->window);
+	stats->window_grown += pager->window.size > old;
+	stats->window_shrunk += pager->window.size < old;
+	stats->max_window = max(stats->max_window, pager->window.size);
+	WRITE_ONCE(stats->window, pager->window.size);
 }
 
 /* The first page is for who needs it: the guest is to start before the stream. */
@@ -731,10 +752,10 @@ static void pager_give_credit(struct postcopy_pager *pager)
 	      READ_ONCE(stats->uffd_events)))
 		return;
 
-	if (pager->window <= pager->outstanding)
+	if (pager->window.size <= pager->outstanding)
 		return;
 
-	nr = pager->window - pager->outstanding;
+	nr = pager->window.size - pager->outstanding;
 	pager->outstanding += nr;
 	postcopy_send_arg(pager->sock, POSTCOPY_CREDIT, nr);
 }
@@ -743,7 +764,9 @@ static void pager_request(struct postcopy_pager *pager, u64 page)
 {
 	/* If the connection is lost, the page is asked for again with the next one. */
 	pthread_mutex_lock(&pager->lock);
-	pager_set_window(pager, pager->window / 2);
+	if (pager->window.size > POSTCOPY_MIN_WINDOW)
+		count(&pager->shared->stats.window_faults);
+	pager_update_window(pager, postcopy_window_fault);
 	postcopy_send_arg(pager->sock, POSTCOPY_REQUEST, page);
 	pager_give_credit(pager);
 	pthread_mutex_unlock(&pager->lock);
@@ -754,8 +777,7 @@ static void pager_got_streamed(struct postcopy_pager *pager)
 	pthread_mutex_lock(&pager->lock);
 	if (pager->outstanding)
 		pager->outstanding--;
-	if (++pager->since_fault >= pager->window)
-		pager_set_window(pager, pager->window * 2);
+	pager_update_window(pager, postcopy_window_streamed);
 	pager_give_credit(pager);
 	pthread_mutex_unlock(&pager->lock);
 }
@@ -845,7 +867,8 @@ static bool pager_connect(struct postcopy_pager *pager)
 		close(pager->sock);
 	pager->sock = postcopy_connect(pager->address);
 	pager->outstanding = 0;
-	pager_set_window(pager, MIN_WINDOW);
+	postcopy_window_reset(&pager->window);
+	WRITE_ONCE(pager->shared->stats.window, pager->window.size);
 	if (pager->sock >= 0) {
 		pager_send_missing(pager);
 		pager_give_credit(pager);
@@ -898,7 +921,9 @@ static enum received pager_receive(struct postcopy_pager *pager, void *buf)
 	if (msg.sum != postcopy_hash(msg.arg, buf, msg.size)) {
 		if (!pager_handle_wrong(pager, msg.arg))
 			return RECEIVED_RUBBISH;
-	} else if (!pager_place(pager, msg.arg, buf)) {
+	} else if (pager_place(pager, msg.arg, buf)) {
+		pager->shared->pages[msg.arg].sent_at_once = !msg.streamed;
+	} else {
 		count(&pager->shared->stats.duplicates);
 	}
 	if (msg.streamed)

@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <time.h>
 
 #include "kvm_util.h"
@@ -684,6 +685,68 @@ void hear(int sock)
 	TEST_ASSERT(read(sock, &byte, 1) == 1, "The other process died");
 }
 
+bool ring_create(struct ring *ring)
+{
+	struct io_uring_params *params = &ring->params;
+
+	memset(params, 0, sizeof(*params));
+	ring->fd = syscall(__NR_io_uring_setup, 1, params);
+	if (ring->fd < 0)
+		return false;
+
+	TEST_ASSERT(params->features & IORING_FEAT_SINGLE_MMAP, "Rings in two mappings");
+	ring->mem = __kvm_mmap(params->cq_off.cqes +
+			       params->cq_entries * sizeof(struct io_uring_cqe),
+			       PROT_READ | PROT_WRITE, MAP_SHARED, ring->fd,
+			       IORING_OFF_SQ_RING);
+	ring->sqes = __kvm_mmap(sizeof(*ring->sqes), PROT_READ | PROT_WRITE, MAP_SHARED,
+				ring->fd, IORING_OFF_SQES);
+	return true;
+}
+
+void ring_submit(struct ring *ring, u8 opcode, int fd, void *buf, u32 len, u32 events)
+{
+	u32 *tail = ring->mem + ring->params.sq_off.tail;
+	u32 *array = ring->mem + ring->params.sq_off.array;
+
+	memset(ring->sqes, 0, sizeof(*ring->sqes));
+	ring->sqes->opcode = opcode;
+	ring->sqes->fd = fd;
+	ring->sqes->addr = (u64)buf;
+	ring->sqes->len = len;
+	ring->sqes->poll32_events = events;
+
+	array[0] = 0;
+	__atomic_store_n(tail, *tail + 1, __ATOMIC_RELEASE);
+	TEST_ASSERT_EQ(syscall(__NR_io_uring_enter, ring->fd, 1, 0, 0, NULL, 0), 1);
+}
+
+static bool ring_is_done(struct ring *ring)
+{
+	u32 *head = ring->mem + ring->params.cq_off.head;
+	u32 *tail = ring->mem + ring->params.cq_off.tail;
+
+	return *head != __atomic_load_n(tail, __ATOMIC_ACQUIRE);
+}
+
+void ring_assert_waits(struct ring *ring)
+{
+	usleep(20000);
+	TEST_ASSERT(!ring_is_done(ring), "A request did not wait");
+}
+
+s32 ring_result(struct ring *ring)
+{
+	struct io_uring_cqe *cqes = ring->mem + ring->params.cq_off.cqes;
+	u32 *head = ring->mem + ring->params.cq_off.head;
+	s32 res;
+
+	userfault_wait_until(ring_is_done(ring));
+	res = cqes[*head & (ring->params.cq_entries - 1)].res;
+	__atomic_store_n(head, *head + 1, __ATOMIC_RELEASE);
+	return res;
+}
+
 /* What is in pages that have no content yet. */
 #define GARBAGE		0xee
 
@@ -827,7 +890,7 @@ static void kvm_access_fn(void *arg)
 {
 	struct kvm_access *access = arg;
 
-	kvm_access_perform(access->vcpu, access->gpa);
+	access->error = kvm_access_perform(access->vcpu, access->gpa);
 }
 
 void kvm_access_start(struct kvm_access *access, struct kvm_vcpu *vcpu, gpa_t gpa)

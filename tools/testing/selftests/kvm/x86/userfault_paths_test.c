@@ -15,6 +15,7 @@
 
 #include <asm/kvm_para.h>
 #include <asm/pvclock-abi.h>
+#include <linux/kvm_para.h>
 #include <linux/sizes.h>
 
 #include "apic.h"
@@ -591,6 +592,78 @@ userfault_test(paths, walk_for_an_emulated_read)
 		    self->vcpu);
 }
 
+/* KVM has waited for the entry when it read it, and updates what it has read. */
+userfault_test(paths, walk_that_sets_accessed_and_dirty_bits)
+{
+	struct kvm_mmu *mmu = &self->vm->mmu;
+	u64 *pte = vm_get_pte(self->vm, page_gpa(1));
+
+	if (!is_forced_emulation_enabled)
+		SKIP(return, "kvm.force_emulation_prefix is needed");
+
+	*pte &= ~(PTE_ACCESSED_MASK(mmu) | PTE_DIRTY_MASK(mmu));
+	request_call(self, guest_emulated_write, page_gpa(1));
+	expect_wait(self, last_level_table(self, page_gpa(1)), USERFAULT_READ, finish_fn,
+		    self->vcpu);
+	TEST_ASSERT(is_accessed_pte(mmu, pte) && is_dirty_pte(mmu, pte),
+		    "The bits were not set: %#lx", *pte);
+}
+
+/* The entry that leads to the table of the last level for @gva. */
+static u64 *last_level_table_entry(paths_data *self, gva_t gva)
+{
+	u64 *table = addr_gpa2hva(self->vm, self->vm->mmu.pgd);
+	int level;
+
+	for (level = self->vm->mmu.pgtable_levels; level > PG_LEVEL_2M; level--) {
+		u64 entry = table[(gva >> PG_LEVEL_SHIFT(level)) % 512];
+
+		table = addr_gpa2hva(self->vm, PTE_GET_PA(entry));
+	}
+
+	return &table[(gva >> PG_LEVEL_SHIFT(PG_LEVEL_2M)) % 512];
+}
+
+static void translate_to_page_2_fn(void *arg)
+{
+	struct kvm_vcpu *vcpu = arg;
+	struct kvm_translation tr = { .linear_address = AGENT_GPA };
+
+	vcpu_ioctl(vcpu, KVM_TRANSLATE, &tr);
+	TEST_ASSERT(tr.valid, "The address was not found");
+	TEST_ASSERT_EQ(tr.physical_address, page_gpa(2));
+}
+
+/*
+ * When the walk is to mark the entries that it has used, and finds that the guest has
+ * changed one while it waited, it has to use and mark the new one, and nothing else.
+ */
+userfault_test(paths, walk_of_page_tables_that_change)
+{
+	u64 *entry = last_level_table_entry(self, AGENT_GPA);
+	gva_t other_gva = vm_alloc_page(self->vm);
+	u64 *other = addr_gva2hva(self->vm, other_gva);
+	u64 *pte = vm_get_pte(self->vm, AGENT_GPA);
+	struct kvm_mmu *mmu = &self->vm->mmu;
+	struct armed_page page;
+	struct waiter waiter;
+
+	warm_up(self);
+	*pte &= ~PTE_ACCESSED_MASK(mmu);
+	*entry &= ~PTE_ACCESSED_MASK(mmu);
+	other[0] = *pte + 2 * PAGE_SIZE;
+	arm(self, &page, last_level_table(self, AGENT_GPA));
+	waiter_start(&waiter, translate_to_page_2_fn, self->vcpu);
+	userfault_wait_for_waiters(self->fd, 1);
+
+	*entry += addr_gva2gpa(self->vm, other_gva) - page.gpa;
+	expect_access(self, &waiter, &page, USERFAULT_READ, 0);
+	waiter_join(&waiter);
+	TEST_ASSERT(!memcmp(page.hva, page.content, PAGE_SIZE), "The old table was changed");
+	TEST_ASSERT(is_accessed_pte(mmu, entry) && is_accessed_pte(mmu, other),
+		    "The bits were not set: %#lx, %#lx", *entry, *other);
+}
+
 static void set_pae_fn(void *arg)
 {
 	struct kvm_vcpu *vcpu = arg;
@@ -683,6 +756,27 @@ userfault_test(paths, steal_time_when_preempted)
 	preempt(self);
 	expect_access(self, &waiter, &page, USERFAULT_WRITE, 0);
 	stop_spinning(self, &waiter);
+}
+
+static u64 guest_pair_clock(u64 gpa)
+{
+	return kvm_hypercall(KVM_HC_CLOCK_PAIRING, gpa, KVM_CLOCK_PAIRING_WALLCLOCK, 0, 0);
+}
+
+userfault_test(paths, clock_pairing)
+{
+	struct kvm_clock_pairing *pairing = self->hva + PAGE_SIZE;
+
+	request_call(self, guest_pair_clock, page_gpa(1));
+	finish_fn(self->vcpu);
+	if (agent_result(self->vcpu) == (u64)-KVM_EOPNOTSUPP)
+		SKIP(return, "The host has no TSC that is stable, and that KVM can use");
+
+	memset(pairing, 0, sizeof(*pairing));
+	request_call(self, guest_pair_clock, page_gpa(1));
+	expect_wait(self, page_gpa(1), USERFAULT_WRITE, finish_fn, self->vcpu);
+	TEST_ASSERT_EQ(agent_result(self->vcpu), 0);
+	TEST_ASSERT(pairing->sec, "The clock was not written");
 }
 
 static u64 guest_enable_apic(u64 arg)
@@ -787,6 +881,75 @@ userfault_test(paths, async_page_fault_and_its_page_table)
 #define IRQ_VECTOR		0x51
 
 static bool guest_saw_irq;
+
+static u64 guest_open_irq_window(u64 arg)
+{
+	sti_nop_cli();
+	return READ_ONCE(guest_saw_irq);
+}
+
+#define APF_DATA		page_gpa(2)
+
+static u32 guest_apf_flags;
+
+/* The access is repeated, and KVM halts the vCPU instead of telling it once more. */
+static void page_not_present_handler(struct ex_regs *regs)
+{
+	struct kvm_vcpu_pv_apf_data *data = (void *)APF_DATA;
+
+	WRITE_ONCE(guest_apf_flags, READ_ONCE(data->flags));
+	WRITE_ONCE(data->flags, 0);
+	GUEST_ASSERT(READ_ONCE(guest_apf_flags));
+}
+
+static void page_ready_handler(struct ex_regs *regs)
+{
+	struct kvm_vcpu_pv_apf_data *data = (void *)APF_DATA;
+
+	WRITE_ONCE(guest_saw_irq, true);
+	WRITE_ONCE(data->token, 0);
+	wrmsr(MSR_KVM_ASYNC_PF_ACK, 1);
+	x2apic_write_reg(APIC_EOI, 0);
+}
+
+/* Also in the kernel, and with KVM having told the guest already that all pages are there. */
+static void enable_async_page_faults(paths_data *self)
+{
+	vm_install_exception_handler(self->vm, PF_VECTOR, page_not_present_handler);
+	vm_install_exception_handler(self->vm, IRQ_VECTOR, page_ready_handler);
+	enable_apic(self);
+	vcpu_set_msr(self->vcpu, MSR_KVM_ASYNC_PF_INT, IRQ_VECTOR);
+	vcpu_set_msr(self->vcpu, MSR_KVM_ASYNC_PF_EN,
+		     APF_DATA | KVM_ASYNC_PF_ENABLED | KVM_ASYNC_PF_SEND_ALWAYS |
+		     KVM_ASYNC_PF_DELIVERY_AS_INT);
+	request_call(self, guest_open_irq_window, 0);
+	finish_fn(self->vcpu);
+	TEST_ASSERT(agent_result(self->vcpu), "The guest was not told");
+}
+
+/* If KVM could not tell the guest that page 1 is not there, it would halt the vCPU. */
+userfault_test(paths, async_page_fault_data_for_a_page_not_present)
+{
+	void *hva = self->hva + PAGE_SIZE;
+	struct armed_page page;
+	struct waiter waiter;
+	int uffd;
+
+	enable_async_page_faults(self);
+	uffd = uffd_create_hole(hva);
+	arm(self, &page, APF_DATA);
+	request_call(self, guest_read_with_interrupts, page_gpa(1));
+	waiter_start(&waiter, finish_fn, self->vcpu);
+	expect_access(self, &waiter, &page, USERFAULT_WRITE, 0);
+	userfault_wait_until(vcpu_get_stat(self->vcpu, blocking));
+	uffd_fill_hole(uffd, hva, 77);
+	waiter_join(&waiter);
+
+	TEST_ASSERT_EQ(agent_result(self->vcpu), 77);
+	sync_global_from_guest(self->vm, guest_apf_flags);
+	TEST_ASSERT_EQ(guest_apf_flags, KVM_PV_REASON_PAGE_NOT_PRESENT);
+	kvm_close(uffd);
+}
 
 /* Without an EOI. */
 static void irq_handler(struct ex_regs *regs)
@@ -1731,12 +1894,6 @@ userfault_test(paths, xen_event_from_an_irqfd_while_halted)
 	kvm_close(fd);
 }
 
-static u64 guest_open_irq_window(u64 arg)
-{
-	sti_nop_cli();
-	return READ_ONCE(guest_saw_irq);
-}
-
 /* Nothing makes the vCPU exit before the guest looks whether it got the upcall. */
 static bool guest_gets_upcall(paths_data *self)
 {
@@ -2004,6 +2161,120 @@ userfault_test(paths, nested_page_tables)
 	request_call(self, guest_run_l2, svm->vmcb_gpa);
 	expect_exit(self, svm->ncr3_gpa, USERFAULT_READ);
 	assert_l2_done(svm);
+}
+
+static void l2_string_output(void)
+{
+	asm volatile("out %%al, %0" : : "i"(TEST_PORT));
+	guest_outsb(page_gpa(1));
+	vmmcall();
+}
+
+/* Here, KVM itself translates an address of L2.  If it failed, L1 would get the exit. */
+userfault_test(paths, nested_page_tables_for_string_output)
+{
+	struct svm_test_data *svm;
+	struct vmcb *vmcb;
+	gpa_t table;
+
+	if (!kvm_cpu_has(X86_FEATURE_SVM) || !kvm_cpu_has_npt())
+		SKIP(return, "There is no nested paging");
+
+	vm_enable_npt(self->vm);
+	svm = prepare_svm(self);
+	vmcb = svm->vmcb_hva;
+	vmcb->save.rip = (u64)l2_string_output;
+	tdp_identity_map_default_memslots(self->vm);
+	tdp_map(self->vm, AGENT_GPA, AGENT_GPA, NR_PAGES * PAGE_SIZE);
+	table = addr_hva2gpa(self->vm, tdp_get_pte(self->vm, page_gpa(1))) & PAGE_MASK;
+
+	request_call(self, guest_run_l2, svm->vmcb_gpa);
+	run_to_port(self);
+	expect_wait(self, table, USERFAULT_READ, finish_fn, self->vcpu);
+	assert_l2_done(svm);
+}
+
+/*
+ * Nested guests of a guest that is like Hyper-V, with these pages.
+ */
+
+#define HV_VP_ASSIST		page_gpa(1)
+#define HV_PARTITION_ASSIST	page_gpa(2)
+#define HV_HYPERCALL_PAGE	page_gpa(3)
+
+static bool has_nested_hyperv(void)
+{
+	return kvm_cpu_has(X86_FEATURE_SVM) && kvm_has_cap(KVM_CAP_HYPERV) &&
+	       kvm_hv_cpu_has(HV_X64_NESTED_DIRECT_FLUSH);
+}
+
+/* KVM is told to handle TLB flushes of L2. */
+static struct svm_test_data *prepare_hyperv_svm(paths_data *self)
+{
+	struct hv_vp_assist_page *vp_assist = self->hva + PAGE_SIZE;
+	struct hv_vmcb_enlightenments *hve;
+	struct svm_test_data *svm;
+
+	vcpu_set_hv_cpuid(self->vcpu);
+	vcpu_set_msr(self->vcpu, HV_X64_MSR_GUEST_OS_ID, HYPERV_LINUX_OS_ID);
+	vcpu_set_msr(self->vcpu, HV_X64_MSR_HYPERCALL, HV_HYPERCALL_PAGE | 1);
+	vcpu_set_msr(self->vcpu, HV_X64_MSR_VP_ASSIST_PAGE, HV_VP_ASSIST | 1);
+	vp_assist->nested_control.features.directhypercall = 1;
+
+	svm = prepare_svm(self);
+	hve = &((struct vmcb *)svm->vmcb_hva)->control.hv_enlightenments;
+	hve->partition_assist_page = HV_PARTITION_ASSIST;
+	hve->hv_enlightenments_control.nested_flush_hypercall = 1;
+	hve->hv_vm_id = 1;
+	hve->hv_vp_id = 1;
+	return svm;
+}
+
+/* If it could not be read, VMRUN would fail. */
+userfault_test(paths, hyperv_vp_assist_page_at_vmrun)
+{
+	struct svm_test_data *svm;
+
+	if (!has_nested_hyperv())
+		SKIP(return, "There is no Hyper-V emulation for nested guests");
+
+	svm = prepare_hyperv_svm(self);
+	request_call(self, guest_run_l2, svm->vmcb_gpa);
+	expect_wait(self, HV_VP_ASSIST, USERFAULT_READ, finish_fn, self->vcpu);
+	assert_l2_done(svm);
+}
+
+static void l2_flush_tlb(void)
+{
+	u64 flags = HV_FLUSH_ALL_VIRTUAL_ADDRESS_SPACES | HV_FLUSH_ALL_PROCESSORS;
+	u64 control = HVCALL_FLUSH_VIRTUAL_ADDRESS_SPACE | HV_HYPERCALL_FAST_BIT;
+	u64 status = 0;
+
+	asm volatile("out %%al, %0" : : "i"(TEST_PORT));
+	asm volatile("mov %1, %%r8; vmmcall"
+		     : "+a"(status) : "r"(flags), "c"(control), "d"(0) : "r8", "memory");
+	vmmcall();
+}
+
+/* It says that L1 is to get an exit after the flush. */
+userfault_test(paths, hyperv_partition_assist_page)
+{
+	u32 *lock_count = self->hva + 2 * PAGE_SIZE;
+	struct svm_test_data *svm;
+	struct vmcb *vmcb;
+
+	if (!has_nested_hyperv())
+		SKIP(return, "There is no Hyper-V emulation for nested guests");
+
+	svm = prepare_hyperv_svm(self);
+	vmcb = svm->vmcb_hva;
+	vmcb->save.rip = (u64)l2_flush_tlb;
+	*lock_count = 1;
+	request_call(self, guest_run_l2, svm->vmcb_gpa);
+	run_to_port(self);
+	expect_wait(self, HV_PARTITION_ASSIST, USERFAULT_READ, finish_fn, self->vcpu);
+	TEST_ASSERT_EQ(vmcb->control.exit_code, HV_SVM_EXITCODE_ENL);
+	TEST_ASSERT_EQ(vmcb->control.exit_info_1, HV_SVM_ENL_EXITCODE_TRAP_AFTER_FLUSH);
 }
 
 /* A state of L1 that KVM saves when an SMI interrupts L2, and loads again. */
