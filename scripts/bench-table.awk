@@ -98,16 +98,20 @@ function shown(thing, metric,    key) {
 }
 
 # Locks that nobody waited for have no line.
-function waited(thing) { return (thing ",8") in lockstat ? sprintf("%.3f", contended[thing ",8"]) : "absent" }
+function waited(thing,    key) {
+	key = thing ",8"
+	return key in lockstat ? sprintf("%.3f", contended[key]) : "absent"
+}
 
-function allocations(thing, vcpus) {
-	return counted(thing, vcpus, "kmallocs") + counted(thing, vcpus, "slab_allocs") +
-		counted(thing, vcpus, "page_allocs")
+function allocations(thing, vcpus,    slab) {
+	slab = counted(thing, vcpus, "kmallocs") + counted(thing, vcpus, "slab_allocs")
+	return slab + counted(thing, vcpus, "page_allocs")
 }
 
 # Exclusive locks that are of the feature, or that it was not to take.
 function own_locks(thing, vcpus, kind,    k, sum) {
-	if (!((thing "," vcpus) in lockstat))
+	k = thing "," vcpus
+	if (!(k in lockstat))
 		absent++
 	for (k in locks) {
 		if (index(k, thing "," vcpus "," kind ":") == 1 &&
