@@ -69,6 +69,13 @@ function all(what, a, b) {
 		     verdict(value[a] == value[b]))
 }
 
+# Three digits, and no minus sign before nothing.
+function digits(x) {
+	x = sprintf("%.3f", x)
+	sub(/^-0\.000$/, "0.000", x)
+	return x
+}
+
 # Counts per fault, with 1, 8 and 64 vCPUs, which are nothing if rounded to one decimal.
 # What was not counted since the last of these lines is not nothing.
 function nothing(what, a,    i, good) {
@@ -79,7 +86,7 @@ function nothing(what, a,    i, good) {
 		line(what, "", "", "absent", "0", "ABSENT")
 		lacking++
 	} else
-		line(what, sprintf("%.3f", a[1]), sprintf("%.3f", a[2]), sprintf("%.3f", a[3]), "0", verdict(good))
+		line(what, digits(a[1]), digits(a[2]), digits(a[3]), "0", verdict(good))
 	absent = 0
 }
 
@@ -108,6 +115,11 @@ function allocations(thing, vcpus,    slab) {
 	return slab + counted(thing, vcpus, "page_allocs")
 }
 
+# Those by which the threads of vCPUs start and end are among these.
+function other_calls(thing, vcpus) {
+	return counted(thing, vcpus, "syscalls") - counted(thing, vcpus, "kvm_run_calls")
+}
+
 # Exclusive locks that are of the feature, or that it was not to take.
 function own_locks(thing, vcpus, kind,    k, sum) {
 	k = thing "," vcpus
@@ -128,8 +140,8 @@ function nothings(    i, v, own, syscalls, exclusive, waits, allocs, ipis) {
 		own[i] = counted("exit", vcpus[i], "own_switches")
 	nothing("context switches of its own accord", own)
 	for (i = 1; i <= 3; i++)
-		syscalls[i] = counted("exit", vcpus[i], "syscalls") - counted("exit", vcpus[i], "kvm_run_calls")
-	nothing("system calls but KVM_RUN", syscalls)
+		syscalls[i] = other_calls("exit", vcpus[i]) - other_calls("plain", vcpus[i])
+	nothing("system calls but KVM_RUN, more than a plain fault", syscalls)
 	for (i = 1; i <= 3; i++)
 		exclusive[i] = own_locks("exit", vcpus[i], "lock")
 	nothing("exclusive locks of the feature", exclusive)
