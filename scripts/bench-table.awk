@@ -134,7 +134,7 @@ function own_locks(thing, vcpus, kind,    k, sum) {
 }
 
 # Lines of counts that have to be nothing.
-function nothings(    i, v, own, syscalls, exclusive, waits, allocs, ipis) {
+function nothings(    i, own, syscalls, exclusive, waits, allocs, ipis) {
 	line("counts per userfault exit, vCPUs on 2 CPUs", "1", "8", "64", "aim", "")
 	for (i = 1; i <= 3; i++)
 		own[i] = counted("exit", vcpus[i], "own_switches")
