@@ -1713,6 +1713,16 @@ static int create_file_beyond_the_limit(struct kvm_vm *vm)
 	return error;
 }
 
+/* By two vCPUs. */
+static void resolve_first_two(async_data *self)
+{
+	resolve(self, 0, 2);
+	finish(&self->accesses[0]);
+	finish(&self->accesses[1]);
+	assert_succeeded(self, 0);
+	assert_succeeded(self, 1);
+}
+
 /* A file that could not be created is none that goes: nothing fails, or is read again. */
 userfault_test(async, failing_to_create_a_file_loses_nothing)
 {
@@ -1730,11 +1740,7 @@ userfault_test(async, failing_to_create_a_file_loses_nothing)
 	other = vm_create_userfault_fd(self->vm);
 	event = userfault_read(other);
 	assert_event(&event, self->vcpus[1], page_gpa(1));
-	resolve(self, 0, 2);
-	finish(&self->accesses[0]);
-	finish(&self->accesses[1]);
-	assert_succeeded(self, 0);
-	assert_succeeded(self, 1);
+	resolve_first_two(self);
 	kvm_close(other);
 }
 
@@ -1762,11 +1768,7 @@ userfault_test(async, failing_to_create_the_first_file_fails_no_access)
 	assert_event(&event, self->vcpus[0], page_gpa(0));
 	event = userfault_read(self->fd);
 	assert_event(&event, self->vcpus[1], page_gpa(1));
-	resolve(self, 0, 2);
-	finish(&self->accesses[0]);
-	finish(&self->accesses[1]);
-	assert_succeeded(self, 0);
-	assert_succeeded(self, 1);
+	resolve_first_two(self);
 }
 
 /*
