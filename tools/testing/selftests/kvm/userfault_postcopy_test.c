@@ -513,16 +513,29 @@ static void pause_runners(void)
 	join_runners();
 }
 
+static void wait_for_pass_of(struct runner *runner)
+{
+	u64 end = userfault_now_ms() + USERFAULT_TIMEOUT_SECS * 1000;
+	u64 exits = vcpu_get_stat(runner->vcpu, exits);
+	u64 pass = READ_ONCE(runner->pass) + 2;
+	u64 beat = READ_ONCE(runner->beat);
+
+	while (READ_ONCE(runner->pass) < pass) {
+		TEST_ASSERT(userfault_now_ms() < end,
+			    "vCPU %u is in pass %lu, after %lu more beats and %lu exits",
+			    runner->vcpu->id, runner->pass + 1, runner->beat - beat,
+			    vcpu_get_stat(runner->vcpu, exits) - exits);
+		usleep(100);
+	}
+}
+
 /* Let each vCPU visit all of its pages, from now on, at least once. */
 static void wait_for_pass(void)
 {
-	u64 passes[MAX_VCPUS];
 	u32 i;
 
 	for (i = 0; i < opts.nr_vcpus; i++)
-		passes[i] = READ_ONCE(runners[i].pass) + 2;
-	for (i = 0; i < opts.nr_vcpus; i++)
-		userfault_wait_until(READ_ONCE(runners[i].pass) >= passes[i]);
+		wait_for_pass_of(&runners[i]);
 }
 
 /*
