@@ -110,6 +110,17 @@ function waited(thing,    key) {
 	return key in lockstat ? sprintf("%.3f", contended[key]) : "absent"
 }
 
+# Exclusive locks of anything that is on the way of a fault.
+function taken(thing,    k, sum) {
+	if (!((thing ",8") in lockstat))
+		return "absent"
+	for (k in locks) {
+		if (index(k, thing ",8,lock:") == 1 && k !~ /-R$/)
+			sum += locks[k]
+	}
+	return sprintf("%.3f", sum)
+}
+
 function allocations(thing, vcpus,    slab) {
 	slab = counted(thing, vcpus, "kmallocs") + counted(thing, vcpus, "slab_allocs")
 	return slab + counted(thing, vcpus, "page_allocs")
@@ -156,6 +167,21 @@ function nothings(    i, own, syscalls, exclusive, waits, allocs, ipis) {
 	nothing("IPIs", ipis)
 }
 
+# What PRIVATE takes for the same.
+function against_private(    a, p, r, what) {
+	ratio("clear one page by ioctl : PRIVATE", "series,arm,64,clear_one", "series,private,64,clear_one", 0.2)
+	a = "series,arm,64,cost"
+	p = "series,private,64,cost"
+	what = "PRIVATE : arming, 64 GiB"
+	if (both(what, p, a, ">= 5000")) {
+		r = value[p] / value[a]
+		line(what, sprintf("%.3g", value[p]), sprintf("%.3g", value[a]),
+		     sprintf("%.0f", r), ">= 5000", verdict(r >= 5000), range(p, a))
+	}
+	p = "series,private,64,slab_bytes"
+	line("bytes of slab for PRIVATE, 64 GiB", "", figure(p), "", "", has(p) ? "" : "ABSENT")
+}
+
 END {
 	line("per fault or page, in instructions", "this", "other", "ratio", "aim", "", "spread")
 	split("1 8 64", vcpus, " ")
@@ -189,24 +215,13 @@ END {
 	filling("guest_memfd write() : memcpy() and CONTINUE", g, "write()", g, "memcpy()_and_CONTINUE")
 	filling("same, and both CONTINUE", g, "write()_and_CONTINUE", g, "memcpy()_and_CONTINUE")
 	filling("guest_memfd write() : shmem write()", g, "write()", "shmem", "write()")
-	ratio("clear one page by ioctl : PRIVATE", "series,arm,64,clear_one", "series,private,64,clear_one", 0.2)
-
-	a = "series,arm,64,cost"
-	p = "series,private,64,cost"
-	what = "PRIVATE : arming, 64 GiB"
-	if (both(what, p, a, ">= 5000")) {
-		r = value[p] / value[a]
-		line(what, sprintf("%.3g", value[p]), sprintf("%.3g", value[a]),
-		     sprintf("%.0f", r), ">= 5000", verdict(r >= 5000), range(p, a))
-	}
 	a = "series,arm,64,bitmap_bytes"
-	p = "series,private,64,slab_bytes"
-	what = "memory to arm 64 GiB, and slab for PRIVATE, KiB"
-	if (both(what, a, p, "<= 2048"))
-		line(what, sprintf("%.0f", value[a] / 1024), sprintf("%.0f", value[p] / 1024), "",
-		     "<= 2048", verdict(value[a] <= 2097152))
-
+	what = "memory to arm 64 GiB, KiB"
+	if (both(what, a, a, "<= 2048"))
+		line(what, sprintf("%.0f", value[a] / 1024), "", "", "<= 2048", verdict(value[a] <= 2097152))
+	# arm64 has no PRIVATE, nor this statistic.
 	if (arch == "x86_64") {
+		against_private()
 		a = "series,huge,1,pages_2m_"
 		all("pages_2m after disabling, and never used", a "disabled", a "never")
 		all("pages_2m of clean blocks, and their number", a "clean_blocks", "series,huge,1,clean_blocks")
@@ -224,6 +239,8 @@ END {
 	for (i = 1; i <= n; i++)
 		printf "%-24s %10s %10s %10s %10s\n", m[i], shown("plain", m[i]),
 			shown("exit", m[i]), shown("queue", m[i]), shown("uffd", m[i])
+	printf "%-24s %10s %10s %10s %10s\n", "exclusive locks", taken("plain"), taken("exit"),
+		taken("queue"), taken("uffd")
 	# The tracepoint has every mutex that lockstat makes go the slow way.
 	printf "%-24s %10s %10s %10s %10s\n", "contended locks", waited("plain"), waited("exit"),
 		waited("queue"), waited("uffd")
