@@ -244,6 +244,13 @@ static void alloc_folio_error(struct kunit *test)
 	test_mapping(test, MISSING_MINOR, -ENXIO, -EFAULT, 0);
 }
 
+static void no_can_userfault(struct kunit *test)
+{
+	map_type(test, &test_types[0], MAP_SHARED);
+	partial_ops.can_userfault = NULL;
+	KUNIT_EXPECT_EQ(test, test_register(test, MISSING_MINOR), -EINVAL);
+}
+
 static void test_no_ops(struct kunit *test, unsigned long flags)
 {
 	map_file(test, &no_ops_vm_ops, flags);
@@ -290,6 +297,7 @@ static struct kunit_case uffd_test_cases[] = {
 	KUNIT_CASE_PARAM(shared_mapping, test_type_gen_params),
 	KUNIT_CASE_PARAM(private_mapping, test_type_gen_params),
 	KUNIT_CASE(alloc_folio_error),
+	KUNIT_CASE(no_can_userfault),
 	KUNIT_CASE(no_ops),
 	{}
 };
