@@ -249,6 +249,8 @@ static void no_can_userfault(struct kunit *test)
 	map_type(test, &test_types[0], MAP_SHARED);
 	partial_ops.can_userfault = NULL;
 	KUNIT_EXPECT_EQ(test, test_register(test, MISSING_MINOR), -EINVAL);
+	KUNIT_EXPECT_EQ(test, test_register(test, UFFDIO_REGISTER_MODE_WP),
+			-EINVAL);
 }
 
 static void test_no_ops(struct kunit *test, unsigned long flags)
