@@ -51,6 +51,9 @@ subtests()
 				verdict = "skip"
 				why = substr(line, RSTART + RLENGTH)
 				line = substr(line, 1, RSTART - 1)
+				# What comes after SKIP may be the name, and then the reason.
+				if (line == "" && match(why, / \(/))
+					line = substr(why, 1, RSTART - 1)
 			}
 			gsub(/ /, "_", line)
 			print verdict, line, why
