@@ -453,6 +453,76 @@ uffd_test(gmem, modes_and_their_ioctls)
 	self->uffd = -1;
 }
 
+/* Those that are not reported fail: memory that others share is not to be taken away. */
+uffd_test(gmem, moving_is_refused)
+{
+	u8 *anon = kvm_mmap(page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+			    -1);
+	u64 holes = UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES;
+
+	register_mem(self, 0, MISSING | MINOR);
+	uffd_register(self->uffd, anon, page_size, MISSING);
+	TEST_ASSERT_EQ(copy(self, 1, 1), page_size);
+
+	/* In, out, and from one page to another one. */
+	TEST_ASSERT_EQ(__uffd_move(self->uffd, mem_page(self, 0), src_page(self, 0),
+				   page_size, 0), -EINVAL);
+	TEST_ASSERT_EQ(__uffd_move(self->uffd, anon, mem_page(self, 1), page_size, 0),
+		       -EINVAL);
+	TEST_ASSERT_EQ(__uffd_move(self->uffd, anon, mem_page(self, 2), page_size, holes),
+		       -EINVAL);
+	TEST_ASSERT_EQ(__uffd_move(self->uffd, mem_page(self, 3), mem_page(self, 1),
+				   page_size, 0), -EINVAL);
+
+	assert_in_file(self, 0, false);
+	assert_page(src_page(self, 0), content(0));
+	assert_page_content(self, 1);
+	read_expect(mem_page(self, 1), content(1));
+	assert_in_file(self, 2, false);
+	assert_in_file(self, 3, false);
+	assert_no_fault(self->uffd);
+
+	/* Nothing was mapped there, and there is nothing wrong with the arguments. */
+	TEST_ASSERT_EQ(copy(self, 0, 1), page_size);
+	TEST_ASSERT_EQ(__uffd_move(self->uffd, anon, src_page(self, 0), page_size, 0),
+		       page_size);
+	assert_page(anon, content(0));
+	kvm_munmap(anon, page_size);
+}
+
+uffd_test(gmem, protecting_is_refused)
+{
+	u64 wp = UFFDIO_WRITEPROTECT_MODE_WP;
+	struct access a;
+
+	register_mem(self, 0, MISSING | MINOR);
+	TEST_ASSERT_EQ(copy(self, 1, 1), page_size);
+	fill_by_alias(self, 2);
+
+	/* A page that is missing, one that is mapped, and one that is not. */
+	TEST_ASSERT_EQ(__uffd_writeprotect(self->uffd, mem_page(self, 0), page_size, wp),
+		       -ENOENT);
+	TEST_ASSERT_EQ(__uffd_writeprotect(self->uffd, mem_page(self, 1), page_size, wp),
+		       -ENOENT);
+	TEST_ASSERT_EQ(__uffd_writeprotect(self->uffd, mem_page(self, 2), page_size, wp),
+		       -ENOENT);
+	TEST_ASSERT_EQ(__uffd_writeprotect(self->uffd, self->mem, self->size, 0), -ENOENT);
+	assert_in_file(self, 0, false);
+	assert_page_content(self, 1);
+	assert_page_content(self, 2);
+
+	/* Writing to them is what it was before. */
+	write_start(&a, mem_page(self, 1), 0x77);
+	access_finish(&a);
+	TEST_ASSERT_EQ(alias_page(self, 1)[0], 0x77);
+	assert_no_fault(self->uffd);
+	write_start(&a, mem_page(self, 2), 0x78);
+	expect_fault(self->uffd, mem_page(self, 2), FAULT_WRITE | FAULT_MINOR);
+	TEST_ASSERT_EQ(cont(self, 2, 1), page_size);
+	access_finish(&a);
+	TEST_ASSERT_EQ(alias_page(self, 2)[0], 0x78);
+}
+
 uffd_test(gmem, features_are_reported)
 {
 	u64 features = UFFD_FEATURE_MISSING_GUEST_MEMFD | UFFD_FEATURE_MINOR_GUEST_MEMFD;
@@ -461,39 +531,84 @@ uffd_test(gmem, features_are_reported)
 	register_mem(self, features, MISSING | MINOR);
 }
 
+static const struct protection {
+	u64 features;
+	u64 mode;
+} protections[] = {
+	{ 0,						WP },
+	{ 0,						WP | MISSING },
+	{ 0,						WP | MINOR },
+	{ 0,						WP | MISSING | MINOR },
+	{ UFFD_FEATURE_WP_HUGETLBFS_SHMEM,		WP },
+	{ UFFD_FEATURE_WP_UNPOPULATED,			WP },
+	{ UFFD_FEATURE_WP_ASYNC,			WP },
+	{ UFFD_FEATURE_WP_ASYNC,			WP | MISSING },
+	{ UFFD_FEATURE_WP_ASYNC,			WP | MINOR },
+	{ UFFD_FEATURE_RWP,				RWP },
+	{ UFFD_FEATURE_RWP,				RWP | MISSING },
+	{ UFFD_FEATURE_RWP,				RWP | MINOR },
+	{ UFFD_FEATURE_RWP | UFFD_FEATURE_RWP_ASYNC,	RWP },
+	{ UFFD_FEATURE_RWP | UFFD_FEATURE_RWP_ASYNC,	RWP | MISSING },
+};
+
+/* What a kernel of these features can do with shmem. */
+static u64 protection_modes(u64 features)
+{
+	u64 modes = MISSING | MINOR;
+
+	if (features & UFFD_FEATURE_WP_HUGETLBFS_SHMEM)
+		modes |= WP;
+	if (features & UFFD_FEATURE_RWP)
+		modes |= RWP;
+
+	return modes;
+}
+
+/* Refused because of what the memory is, and not because the kernel can't do it. */
+static void assert_protection_is_refused(gmem_data *self, const struct protection *p,
+					 u8 *shmem, u64 modes)
+{
+	int uffd = uffd_open(p->features);
+	int ret;
+
+	ret = __uffd_register(uffd, self->mem, self->size, p->mode, NULL);
+	TEST_ASSERT(ret == -EINVAL, "Features %#lx, mode %#lx: expected EINVAL, got %d",
+		    p->features, p->mode, -ret);
+
+	ret = __uffd_register(uffd, shmem, self->size, p->mode, NULL);
+	TEST_ASSERT(ret == (p->mode & ~modes ? -EINVAL : 0),
+		    "Features %#lx, mode %#lx: got %d for shmem", p->features, p->mode,
+		    -ret);
+	close(uffd);
+}
+
+static void assert_all_protection_is_refused(gmem_data *self)
+{
+	int i, fd = kvm_memfd_alloc(self->size, false);
+	u64 features = uffd_features(), tried = 0;
+	u64 modes = protection_modes(features);
+	u8 *shmem;
+
+	shmem = kvm_mmap(self->size, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
+	for (i = 0; i < ARRAY_SIZE(protections); i++) {
+		/* Not all architectures have all features. */
+		if (protections[i].features & ~features)
+			continue;
+
+		assert_protection_is_refused(self, &protections[i], shmem, modes);
+		tried |= protections[i].mode;
+	}
+	TEST_ASSERT(tried & WP, "Write-protection was not tried");
+	TEST_ASSERT((tried & modes) == modes, "Modes %#lx were not tried", modes & ~tried);
+
+	kvm_munmap(shmem, self->size);
+	close(fd);
+}
+
 /* Protecting host page tables does not stop a vCPU. */
 uffd_test(gmem, write_protection_is_refused)
 {
-	static const struct {
-		u64 features;
-		u64 mode;
-	} refused[] = {
-		{ 0,						WP },
-		{ 0,						WP | MISSING },
-		{ 0,						WP | MINOR },
-		{ 0,						WP | MISSING | MINOR },
-		{ UFFD_FEATURE_WP_HUGETLBFS_SHMEM,		WP },
-		{ UFFD_FEATURE_WP_UNPOPULATED,			WP },
-		{ UFFD_FEATURE_WP_ASYNC,			WP },
-		{ UFFD_FEATURE_WP_ASYNC,			WP | MISSING },
-		{ UFFD_FEATURE_RWP,				RWP },
-		{ UFFD_FEATURE_RWP,				RWP | MISSING },
-		{ UFFD_FEATURE_RWP,				RWP | MINOR },
-		{ UFFD_FEATURE_RWP | UFFD_FEATURE_RWP_ASYNC,	RWP },
-	};
-	int i, uffd, ret;
-
-	for (i = 0; i < ARRAY_SIZE(refused); i++) {
-		uffd = __uffd_open(refused[i].features);
-		/* Not all architectures have all features. */
-		if (uffd < 0)
-			continue;
-
-		ret = __uffd_register(uffd, self->mem, self->size, refused[i].mode, NULL);
-		TEST_ASSERT(ret == -EINVAL, "Features %#lx, mode %#lx: expected EINVAL, got %d",
-			    refused[i].features, refused[i].mode, -ret);
-		close(uffd);
-	}
+	assert_all_protection_is_refused(self);
 }
 
 uffd_test(gmem, copies_cannot_be_write_protected)
@@ -1175,13 +1290,46 @@ uffd_test(gmem, guarded_pages_are_not_filled)
 
 uffd_test(gmem, hwpoisoned_pages_are_not_mapped)
 {
+	struct access a;
+
 	fill_by_alias(self, 0);
 	if (!poison_page(alias_page(self, 0)))
 		SKIP(return, "MADV_HWPOISON is not available");
 
 	register_mem(self, 0, MISSING | MINOR);
+	read_start(&a, mem_page(self, 0));
+	expect_fault(self->uffd, mem_page(self, 0), FAULT_MINOR);
 	TEST_ASSERT_EQ(cont(self, 0, 1), -EIO);
 	TEST_ASSERT_EQ(copy(self, 0, 1), -EEXIST);
+	TEST_ASSERT_EQ(zeropage(self, 0, 1), -EEXIST);
+	assert_blocked(&a);
+
+	/* What is left to be done is to tell whoever waits. */
+	TEST_ASSERT_EQ(poison(self, 0, 1), page_size);
+	access_expect_sigbus(&a);
+	assert_no_fault(self->uffd);
+}
+
+/* Where it was mapped, where it was not, and where userfaultfd is not asked for it. */
+uffd_test(gmem, hwpoisoned_pages_cannot_be_accessed)
+{
+	fill_by_alias(self, 0);
+	fill_by_alias(self, 1);
+	if (!poison_page(alias_page(self, 0)))
+		SKIP(return, "MADV_HWPOISON is not available");
+
+	read_expect_sigbus(alias_page(self, 0));
+	write_expect_sigbus(alias_page(self, 0));
+	read_expect_sigbus(mem_page(self, 0));
+	write_expect_sigbus(mem_page(self, 0));
+
+	register_mem(self, 0, MISSING);
+	read_expect_sigbus(mem_page(self, 0));
+	write_expect_sigbus(mem_page(self, 0));
+	TEST_ASSERT_EQ(copy(self, 0, 1), -EEXIST);
+	TEST_ASSERT_EQ(zeropage(self, 0, 1), -EEXIST);
+	read_expect(mem_page(self, 1), content(1));
+	assert_no_fault(self->uffd);
 }
 
 /*
@@ -1916,6 +2064,32 @@ uffd_test(file, closing_the_uffd_while_a_copy_waits)
 	TEST_ASSERT_EQ(copy(gmem, 3, 1), page_size);
 }
 
+/* As long as there is a mapping, there is memory to be filled. */
+uffd_test(file, closing_the_file_while_a_copy_waits)
+{
+	gmem_data *gmem = &self->gmem;
+	struct slow_copy c;
+	struct access a;
+
+	register_mem(gmem, 0, MISSING | MINOR);
+	read_start(&a, mem_page(gmem, 2));
+	expect_fault(gmem->uffd, mem_page(gmem, 2), 0);
+	slow_copy_start(&c, gmem, 2);
+	close(gmem->fd);
+	gmem->fd = -1;
+	assert_in_file(gmem, 2, false);
+	assert_blocked(&a);
+
+	TEST_ASSERT_EQ(slow_copy_finish(&c), page_size);
+	access_finish(&a);
+	TEST_ASSERT_EQ(a.val, content(2));
+	assert_page_content(gmem, 2);
+	assert_page(mem_page(gmem, 2), content(2));
+	assert_in_file(gmem, 1, false);
+	assert_in_file(gmem, 3, false);
+	assert_no_fault(gmem->uffd);
+}
+
 /*
  * Two threads that copy all pages over and over until the userfaultfd is closed, which
  * is when both have done a given number of copies.
@@ -2307,6 +2481,14 @@ uffd_test(gmem, private_memory_is_refused)
 	read_expect_sigbus(mem_page(self, 0));
 	write_expect_sigbus(mem_page(self, 1));
 	assert_no_fault(self->uffd);
+}
+
+/* Neither is asynchronous write-protection, that other memory needs no support for. */
+uffd_test(gmem, write_protection_of_private_memory_is_refused)
+{
+	use_private_file(self);
+	assert_all_protection_is_refused(self);
+	read_expect_sigbus(mem_page(self, 0));
 }
 
 /* Shared and private memory side by side is registered as a whole, or not at all. */

@@ -1633,6 +1633,67 @@ userfault_test(async, closing_the_last_file_fails_accesses)
 	assert_succeeded(self, 0);
 }
 
+static int use_guest_memfd(async_data *self)
+{
+	u64 size = NR_PAGES * page_size;
+	void *mem;
+	int fd;
+
+	fd = vm_create_guest_memfd(self->vm, size, MAPPABLE_GUEST_MEMFD_FLAGS);
+	vm_set_user_memory_region2(self->vm, AGENT_SLOT, 0, AGENT_GPA, 0, NULL, -1, 0);
+	mem = mmap(self->hva, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
+	TEST_ASSERT(mem == self->hva, "mmap() failed, errno %d", errno);
+	vm_set_user_memory_region2(self->vm, AGENT_SLOT, KVM_MEM_GUEST_MEMFD, AGENT_GPA,
+				   size, mem, fd, 0);
+	return fd;
+}
+
+/*
+ * Accesses by KVM go by the mapping, which keeps the file that has no descriptor any
+ * more.  When the mapping goes as well there is nothing to be accessed, but still the
+ * page to be waited for, and no more than that is to be seen of it.
+ */
+userfault_test(async, closing_the_guest_memfd)
+{
+	void *mem;
+	int fd;
+
+	if (!kvm_has_mappable_guest_memfd())
+		SKIP(return, "guest_memfd cannot be mapped");
+
+	fd = use_guest_memfd(self);
+	start_nth(self, 0, 0, 1);
+	start_nth(self, 1, 1, 2);
+	kvm_close(fd);
+	waiter_assert_asleep(&self->accesses[0].waiter);
+	waiter_assert_asleep(&self->accesses[1].waiter);
+	assert_counts(self->fd, 2, 0, 2);
+
+	resolve(self, 0, 1);
+	finish(&self->accesses[0]);
+	TEST_ASSERT_EQ(self->accesses[0].error, 0);
+	assert_succeeded(self, 0);
+
+	mem = mmap(self->hva, NR_PAGES * page_size, PROT_NONE,
+		   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+	TEST_ASSERT(mem == self->hva, "mmap() failed, errno %d", errno);
+	waiter_assert_asleep(&self->accesses[1].waiter);
+	assert_counts(self->fd, 1, 0, 1);
+
+	resolve(self, 1, 1);
+	finish(&self->accesses[1]);
+	TEST_ASSERT_EQ(self->accesses[1].error, 0);
+	assert_counts(self->fd, 0, 0, 0);
+
+	/* Who comes later does the same. */
+	start_nth(self, 2, 2, 1);
+	resolve(self, 2, 1);
+	finish(&self->accesses[2]);
+	TEST_ASSERT_EQ(self->accesses[2].error, 0);
+	TEST_ASSERT_EQ(kvm_access_perform(self->vcpus[3], page_gpa(1)), 0);
+	assert_counts(self->fd, 0, 0, 0);
+}
+
 /* Before there has been a file, accesses wait for who uses the ioctl. */
 userfault_test(async, no_file_is_needed)
 {
@@ -2836,6 +2897,59 @@ userfault_test(async_vcpu, closing_the_last_file_fails_kvm_run)
 	start_runner(runner, self->fd, 1);
 	fill_and_resolve(self, AGENT_GPA);
 	assert_run_done(runner);
+}
+
+static void assert_nothing_to_map(struct runner *runner, gpa_t gpa)
+{
+	assert_run_failed(runner, EFAULT, KVM_EXIT_MEMORY_FAULT);
+	TEST_ASSERT_EQ(runner->vcpu->run->memory_fault.flags, 0);
+	TEST_ASSERT_EQ(runner->vcpu->run->memory_fault.gpa, gpa);
+}
+
+/*
+ * As without the flag: armed comes first, so that they go on waiting, and that there
+ * is no file any more is an error as soon as the page is released.
+ */
+userfault_test(async_vcpu, closing_the_guest_memfd)
+{
+	u64 size = NR_PAGES * page_size;
+	struct runner *runner;
+	int fd, i;
+
+	if (!kvm_has_mappable_guest_memfd())
+		SKIP(return, "guest_memfd cannot be mapped");
+
+	fd = vm_create_guest_memfd(self->vm, size, MAPPABLE_GUEST_MEMFD_FLAGS);
+	vm_mem_region_delete(self->vm, AGENT_SLOT);
+	vm_set_user_memory_region2(self->vm, AGENT_SLOT, KVM_MEM_GUEST_MEMFD, AGENT_GPA,
+				   size, NULL, fd, 0);
+	for (i = 0; i < NR_RUNNERS; i++) {
+		agent_request(self->vcpus[i], AGENT_READ, page_gpa(i), 0);
+		start_runner(&self->runners[i], self->fd, i + 1);
+	}
+
+	kvm_close(fd);
+	for (i = 0; i < NR_RUNNERS; i++)
+		waiter_assert_asleep(&self->runners[i].waiter);
+	assert_counts(self->fd, NR_RUNNERS, 0, NR_RUNNERS);
+
+	/* Who is interrupted waits once more. */
+	interrupt_runner(&self->runners[0]);
+	start_runner(&self->runners[0], self->fd, NR_RUNNERS);
+
+	userfault_resolve(self->fd, AGENT_GPA, NR_RUNNERS * page_size, 0, 0);
+	for (i = 0; i < NR_RUNNERS; i++) {
+		runner = &self->runners[i];
+		assert_nothing_to_map(runner, page_gpa(i));
+		waiter_start(&runner->waiter, runner_fn, runner);
+		assert_nothing_to_map(runner, page_gpa(i));
+	}
+	assert_counts(self->fd, 0, 0, 0);
+
+	vm_set_user_memory_region2(self->vm, AGENT_SLOT, KVM_MEM_GUEST_MEMFD, AGENT_GPA,
+				   0, NULL, -1, 0);
+	vcpu_run(self->vcpus[0]);
+	TEST_ASSERT_KVM_EXIT_REASON(self->vcpus[0], KVM_EXIT_MMIO);
 }
 
 userfault_test(async_vcpu, disabling_lets_vcpus_go_on)

@@ -6,6 +6,7 @@
  * The memory starts with no page in the file.  Whether there is one is what
  * mincore() tells, without allocating it.
  */
+#include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
@@ -21,6 +22,7 @@
 #include "test_util.h"
 #include "ucall_common.h"
 #include "userfault_util.h"
+#include "userfaultfd_util.h"
 
 #define GMEM_PAGES		32
 #define NR_VCPUS		2
@@ -44,11 +46,16 @@ FIXTURE(gmem) {
 
 #define gmem_data FIXTURE_DATA(gmem)
 
+static bool can_write(void)
+{
+	return kvm_has_guest_memfd_flags(GUEST_MEMFD_FLAG_WRITE);
+}
+
 FIXTURE_SETUP(gmem)
 {
 	u64 flags = MAPPABLE_GUEST_MEMFD_FLAGS;
 
-	if (kvm_has_guest_memfd_flags(GUEST_MEMFD_FLAG_WRITE))
+	if (can_write())
 		flags |= GUEST_MEMFD_FLAG_WRITE;
 
 	self->size = GMEM_PAGES * page_size;
@@ -157,7 +164,7 @@ userfault_test(gmem, filled_by_write)
 			    MAP_PRIVATE | MAP_ANONYMOUS, -1);
 	u64 i;
 
-	if (!kvm_has_guest_memfd_flags(GUEST_MEMFD_FLAG_WRITE))
+	if (!can_write())
 		SKIP(return, "guest_memfd cannot be written");
 
 	arm(self, 0, GMEM_PAGES);
@@ -538,10 +545,21 @@ struct race {
 	/* Protects filling and releasing against arming and spoiling. */
 	pthread_mutex_t locks[GMEM_PAGES];
 	bool spoilt[GMEM_PAGES];
+	/* What vCPUs sweep: the first pages, followed by some reads of something else. */
+	u64 nr_swept;
+	void (*read)(struct race *r, struct kvm_vcpu *vcpu, struct kvm_random_state *rng);
+	bool (*has_seen_all)(struct race *r);
 	atomic_ullong nr_sweeps, nr_exits, nr_holes, nr_writes;
 	/* Files that have come and gone at OTHER_GPA, and what vCPUs met there. */
 	atomic_ullong nr_files;
 	atomic_ullong nr_contents, nr_mmios, nr_armed, nr_closed;
+	/* A mapping with a userfaultfd, and what is filled and read by that. */
+	u8 *mem;
+	int uffd;
+	atomic_bool stop_pager;
+	atomic_ullong nr_copies, nr_existing, nr_missing, nr_minor, nr_reads;
+	/* Memslots and mappings of other descriptors of the file. */
+	atomic_ullong nr_slots, nr_fleeting;
 };
 
 /*
@@ -561,21 +579,44 @@ static void race_write(struct race *r, u64 page, u64 *buf)
 		agent_assert_content(hva_page(gmem, page), page_gpa(page), 1);
 }
 
+/* Returns whether it is a page that was missing. */
+static bool race_copy(struct race *r, int uffd, u8 *mem, u64 page, u64 *buf)
+{
+	s64 ret;
+
+	agent_fill(buf, page_gpa(page), 1);
+	ret = __uffd_copy(uffd, mem + page * page_size, buf, page_size, 0);
+	TEST_ASSERT(ret == page_size || ret == -EEXIST, "COPY returned %ld", ret);
+	atomic_fetch_add(&r->nr_copies, ret == page_size);
+	atomic_fetch_add(&r->nr_existing, ret == -EEXIST);
+	return ret == page_size;
+}
+
+static void race_fill_missing(struct race *r, u64 page, u64 *buf)
+{
+	/* Every other page, to have either of the two meet the other one. */
+	if (!r->mem || (can_write() && page % 2))
+		race_write(r, page, buf);
+	else if (!race_copy(r, r->uffd, r->mem, page, buf))
+		agent_assert_content(hva_page(r->gmem, page), page_gpa(page), 1);
+}
+
 static void race_fill(struct race *r, u64 page, u64 *buf)
 {
 	pthread_mutex_lock(&r->locks[page]);
 	if (r->spoilt[page] || !buf)
 		fill(r->gmem, page, 1);
 	else
-		race_write(r, page, buf);
+		race_fill_missing(r, page, buf);
 	r->spoilt[page] = false;
 	clear(r->gmem, page, 1);
 	pthread_mutex_unlock(&r->locks[page]);
 }
 
-static u64 *race_alloc_buf(void)
+/* For what fills pages that are missing, if there is anything. */
+static u64 *race_alloc_buf(struct race *r)
 {
-	return kvm_has_guest_memfd_flags(GUEST_MEMFD_FLAG_WRITE) ? malloc(page_size) : NULL;
+	return can_write() || r->mem ? malloc(page_size) : NULL;
 }
 
 /* Each file has a content of its own, for none to be taken for another one. */
@@ -623,7 +664,8 @@ static bool race_run_file(struct race *r, struct kvm_vcpu *vcpu, bool *mmio)
  * Whatever becomes of the read, it ends: with the content of a file that was there in
  * the meantime, or because there is no memslot.
  */
-static void race_read_file(struct race *r, struct kvm_vcpu *vcpu)
+static void race_read_file(struct race *r, struct kvm_vcpu *vcpu,
+			   struct kvm_random_state *rng)
 {
 	u64 first = atomic_load(&r->nr_files);
 	bool mmio = false;
@@ -648,12 +690,12 @@ static void race_read_file(struct race *r, struct kvm_vcpu *vcpu)
 static void race_run_vcpu(struct race *r, struct kvm_vcpu *vcpu)
 {
 	struct kvm_random_state rng = new_kvm_random_state(10 + vcpu->id);
-	u64 *buf = race_alloc_buf();
+	u64 *buf = race_alloc_buf(r);
 	enum agent_exit exit;
 	u32 i;
 
 	do {
-		agent_request(vcpu, AGENT_CHECK, AGENT_GPA, GMEM_PAGES);
+		agent_request(vcpu, AGENT_CHECK, AGENT_GPA, r->nr_swept);
 		for (;;) {
 			exit = agent_run(vcpu);
 			if (exit != AGENT_USERFAULT)
@@ -667,7 +709,7 @@ static void race_run_vcpu(struct race *r, struct kvm_vcpu *vcpu)
 			    vcpu->id, agent_result(vcpu));
 		atomic_fetch_add(&r->nr_sweeps, 1);
 		for (i = kvm_random_u32(&rng) % 8; i; i--)
-			race_read_file(r, vcpu);
+			r->read(r, vcpu, &rng);
 	} while (!atomic_load(&r->stop));
 	free(buf);
 }
@@ -714,10 +756,10 @@ static void *race_spoiler(void *arg)
 static void *race_writer(void *arg)
 {
 	struct kvm_random_state rng = new_kvm_random_state(2);
-	u64 *buf = race_alloc_buf();
 	struct race *r = arg;
+	u64 *buf = race_alloc_buf(r);
 
-	while (buf && !atomic_load(&r->stop)) {
+	while (can_write() && !atomic_load(&r->stop)) {
 		u64 page = kvm_random_u32(&rng) % GMEM_PAGES;
 		ssize_t ret;
 
@@ -796,7 +838,7 @@ static bool race_has_seen_all(struct race *r)
 {
 	return r->nr_sweeps && r->nr_exits && r->nr_holes && r->nr_files &&
 	       r->nr_contents && r->nr_mmios && r->nr_armed && r->nr_closed &&
-	       (r->nr_writes || !kvm_has_guest_memfd_flags(GUEST_MEMFD_FLAG_WRITE));
+	       (r->nr_writes || !can_write());
 }
 
 static void race_wait(struct race *r)
@@ -804,9 +846,27 @@ static void race_wait(struct race *r)
 	u64 end = userfault_now_ms() + RACE_MAX_MSECS;
 
 	usleep(RACE_MSECS * 1000);
-	while (!race_has_seen_all(r) && userfault_now_ms() < end)
+	while (!r->has_seen_all(r) && userfault_now_ms() < end)
 		usleep(1000);
 	atomic_store(&r->stop, true);
+}
+
+static void race_run(struct race *r, pthread_fn_t *fns, int nr_fns)
+{
+	pthread_t threads[8];
+	int i;
+
+	TEST_ASSERT(nr_fns <= ARRAY_SIZE(threads), "%d threads", nr_fns);
+	for (i = 0; i < GMEM_PAGES; i++)
+		pthread_mutex_init(&r->locks[i], NULL);
+	for (i = 0; i < nr_fns; i++)
+		kvm_pthread_create(&threads[i], NULL, fns[i], r);
+	race_wait(r);
+	for (i = 0; i < nr_fns; i++)
+		kvm_pthread_join(threads[i], NULL);
+
+	pr_info("# %llu sweeps, %llu exits, %llu holes, %llu writes\n", r->nr_sweeps,
+		r->nr_exits, r->nr_holes, r->nr_writes);
 }
 
 userfault_test(gmem, races)
@@ -814,25 +874,254 @@ userfault_test(gmem, races)
 	pthread_fn_t fns[] = {
 		race_vcpu0, race_vcpu1, race_spoiler, race_writer, race_closer,
 	};
-	pthread_t threads[ARRAY_SIZE(fns)];
-	struct race r = { .gmem = self };
-	int i;
+	struct race r = {
+		.gmem = self,
+		.nr_swept = GMEM_PAGES,
+		.read = race_read_file,
+		.has_seen_all = race_has_seen_all,
+	};
 
 	arm(self, 0, GMEM_PAGES);
 	agent_map(self->vm, OTHER_GPA, OTHER_GPA, page_size);
-	for (i = 0; i < GMEM_PAGES; i++)
-		pthread_mutex_init(&r.locks[i], NULL);
-	for (i = 0; i < ARRAY_SIZE(fns); i++)
-		kvm_pthread_create(&threads[i], NULL, fns[i], &r);
-	race_wait(&r);
-	for (i = 0; i < ARRAY_SIZE(fns); i++)
-		kvm_pthread_join(threads[i], NULL);
+	race_run(&r, fns, ARRAY_SIZE(fns));
 
-	pr_info("# %llu sweeps, %llu exits, %llu holes, %llu writes\n", r.nr_sweeps,
-		r.nr_exits, r.nr_holes, r.nr_writes);
 	pr_info("# %llu files: %llu reads, %llu of nothing, %llu while armed, %llu of closed ones\n",
 		r.nr_files, r.nr_contents, r.nr_mmios, r.nr_armed, r.nr_closed);
 	TEST_ASSERT(race_has_seen_all(&r), "Somebody did nothing");
+}
+
+/*
+ * Everything at once on one file.  As before, and in addition: pages that are missing
+ * are filled by a userfaultfd, whose faults are others that fill them.  The second half
+ * of the file has a memslot of its own that comes and goes, with a descriptor and a
+ * mapping of its own.  All of them must see nothing but the content.
+ */
+
+#define RACE_SLOT_PAGES		(GMEM_PAGES / 2)
+
+/* Returns whether the read was performed. */
+static bool race_run_slot(struct race *r, struct kvm_vcpu *vcpu, u64 page, u64 *buf)
+{
+	struct kvm_run *run = vcpu->run;
+	u64 val = agent_page_content(page_gpa(page));
+	enum agent_exit exit = agent_run(vcpu);
+
+	if (exit == AGENT_USERFAULT) {
+		vcpu_assert_userfault(vcpu, page_gpa(page), USERFAULT_READ);
+		atomic_fetch_add(&r->nr_armed, 1);
+		race_fill(r, page, buf);
+	} else if (exit == AGENT_OTHER) {
+		TEST_ASSERT_KVM_EXIT_REASON(vcpu, KVM_EXIT_MMIO);
+		TEST_ASSERT_EQ(run->mmio.phys_addr, page_gpa(page));
+		memcpy(run->mmio.data, &val, sizeof(val));
+		atomic_fetch_add(&r->nr_mmios, 1);
+	} else {
+		atomic_fetch_add(&r->nr_contents, 1);
+	}
+
+	return exit == AGENT_DONE;
+}
+
+static void race_read_slot(struct race *r, struct kvm_vcpu *vcpu,
+			   struct kvm_random_state *rng)
+{
+	u64 page = RACE_SLOT_PAGES + kvm_random_u32(rng) % RACE_SLOT_PAGES;
+	u64 *buf = race_alloc_buf(r);
+
+	agent_request(vcpu, AGENT_READ, page_gpa(page), 0);
+	while (!race_run_slot(r, vcpu, page, buf))
+		usleep(20);
+	TEST_ASSERT_EQ(agent_result(vcpu), agent_page_content(page_gpa(page)));
+	free(buf);
+}
+
+static void race_set_second_slot(struct race *r, u64 size, int fd)
+{
+	vm_set_user_memory_region2(r->gmem->vm, OTHER_SLOT, KVM_MEM_GUEST_MEMFD,
+				   page_gpa(RACE_SLOT_PAGES), size, NULL, fd,
+				   RACE_SLOT_PAGES * page_size);
+}
+
+static void *race_slots(void *arg)
+{
+	struct kvm_random_state rng = new_kvm_random_state(4);
+	struct race *r = arg;
+	int fd;
+
+	while (!atomic_load(&r->stop)) {
+		fd = kvm_dup(r->gmem->fd);
+		race_set_second_slot(r, RACE_SLOT_PAGES * page_size, fd);
+		close(fd);
+		usleep(kvm_random_u32(&rng) % 1000);
+		race_set_second_slot(r, 0, -1);
+		usleep(kvm_random_u32(&rng) % 500);
+		atomic_fetch_add(&r->nr_slots, 1);
+	}
+
+	return NULL;
+}
+
+/* Without the lock, as with write(). */
+static void *race_copier(void *arg)
+{
+	struct kvm_random_state rng = new_kvm_random_state(5);
+	struct race *r = arg;
+	u64 *buf = race_alloc_buf(r);
+
+	while (!atomic_load(&r->stop)) {
+		race_copy(r, r->uffd, r->mem, kvm_random_u32(&rng) % GMEM_PAGES, buf);
+		usleep(100);
+	}
+	free(buf);
+
+	return NULL;
+}
+
+/* The same by a mapping that is made for a few copies. */
+static void *race_mapper(void *arg)
+{
+	struct kvm_random_state rng = new_kvm_random_state(6);
+	struct race *r = arg;
+	u64 *buf = race_alloc_buf(r);
+	int fd, uffd, i;
+	u8 *mem;
+
+	while (!atomic_load(&r->stop)) {
+		fd = kvm_dup(r->gmem->fd);
+		mem = kvm_mmap(r->gmem->size, PROT_READ | PROT_WRITE, MAP_SHARED, fd);
+		close(fd);
+		uffd = uffd_open(0);
+		uffd_register(uffd, mem, r->gmem->size, UFFDIO_REGISTER_MODE_MISSING);
+		for (i = 0; i < 4; i++)
+			race_copy(r, uffd, mem, kvm_random_u32(&rng) % GMEM_PAGES, buf);
+		kvm_munmap(mem, r->gmem->size);
+		close(uffd);
+		atomic_fetch_add(&r->nr_fleeting, 1);
+		usleep(100);
+	}
+	free(buf);
+
+	return NULL;
+}
+
+/* Unless it was spoilt, a page has its content, or gets that when it is read. */
+static void *race_reader(void *arg)
+{
+	struct kvm_random_state rng = new_kvm_random_state(7);
+	struct race *r = arg;
+
+	while (!atomic_load(&r->stop)) {
+		u64 page = kvm_random_u32(&rng) % GMEM_PAGES;
+
+		pthread_mutex_lock(&r->locks[page]);
+		if (!r->spoilt[page]) {
+			agent_assert_content(r->mem + page * page_size, page_gpa(page), 1);
+			atomic_fetch_add(&r->nr_reads, 1);
+		}
+		pthread_mutex_unlock(&r->locks[page]);
+		usleep(100);
+	}
+
+	return NULL;
+}
+
+static void race_resolve(struct race *r, const struct uffd_msg *msg, u64 *buf)
+{
+	u8 *addr = (u8 *)msg->arg.pagefault.address;
+	s64 ret;
+
+	TEST_ASSERT_EQ(msg->event, UFFD_EVENT_PAGEFAULT);
+	if (msg->arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_MINOR) {
+		ret = __uffd_continue(r->uffd, addr, page_size, 0);
+		/* Who reads the page has locked it, but others may map it. */
+		TEST_ASSERT(ret == page_size || ret == -EEXIST, "CONTINUE returned %ld", ret);
+		atomic_fetch_add(&r->nr_minor, 1);
+	} else {
+		race_copy(r, r->uffd, r->mem, (addr - r->mem) / page_size, buf);
+		atomic_fetch_add(&r->nr_missing, 1);
+	}
+	TEST_ASSERT_EQ(__uffd_wake(r->uffd, addr, page_size), 0);
+}
+
+static void *race_pager(void *arg)
+{
+	struct race *r = arg;
+	struct pollfd pollfd = { .fd = r->uffd, .events = POLLIN };
+	u64 *buf = race_alloc_buf(r);
+	struct uffd_msg msg;
+
+	while (!atomic_load(&r->stop_pager)) {
+		if (poll(&pollfd, 1, 20) && read(r->uffd, &msg, sizeof(msg)) == sizeof(msg))
+			race_resolve(r, &msg, buf);
+	}
+	free(buf);
+
+	return NULL;
+}
+
+static bool race_one_file_has_seen_all(struct race *r)
+{
+	return r->nr_sweeps && r->nr_exits && r->nr_holes && r->nr_contents &&
+	       r->nr_mmios && r->nr_armed && r->nr_copies && r->nr_existing &&
+	       r->nr_missing && r->nr_minor && r->nr_reads && r->nr_slots &&
+	       r->nr_fleeting && (r->nr_writes || !can_write());
+}
+
+/*
+ * The memslots name no mapping, so that the file is all that KVM knows of, and what is
+ * left to its emulator, when a memslot comes too late for the vCPU, is MMIO.
+ */
+static void race_init_one_file(struct race *r)
+{
+	gmem_data *gmem = r->gmem;
+
+	arm(gmem, 0, GMEM_PAGES);
+	vm_mem_region_delete(gmem->vm, AGENT_SLOT);
+	vm_set_user_memory_region2(gmem->vm, AGENT_SLOT, KVM_MEM_GUEST_MEMFD, AGENT_GPA,
+				   RACE_SLOT_PAGES * page_size, NULL, gmem->fd, 0);
+	gmem->hva = kvm_mmap(gmem->size, PROT_READ | PROT_WRITE, MAP_SHARED, gmem->fd);
+	r->mem = kvm_mmap(gmem->size, PROT_READ | PROT_WRITE, MAP_SHARED, gmem->fd);
+	r->uffd = uffd_open(0);
+	uffd_register(r->uffd, r->mem, gmem->size,
+		      UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR);
+}
+
+userfault_test(gmem, races_on_one_file)
+{
+	pthread_fn_t fns[] = {
+		race_vcpu0, race_vcpu1, race_spoiler, race_writer, race_slots,
+		race_copier, race_mapper, race_reader,
+	};
+	struct race r = {
+		.gmem = self,
+		.nr_swept = RACE_SLOT_PAGES,
+		.read = race_read_slot,
+		.has_seen_all = race_one_file_has_seen_all,
+	};
+	pthread_t pager;
+
+	if (!has_uffd(UFFD_FEATURE_MISSING_GUEST_MEMFD | UFFD_FEATURE_MINOR_GUEST_MEMFD))
+		SKIP(return, "There is no userfaultfd for guest_memfd");
+
+	race_init_one_file(&r);
+	kvm_pthread_create(&pager, NULL, race_pager, &r);
+	race_run(&r, fns, ARRAY_SIZE(fns));
+	atomic_store(&r.stop_pager, true);
+	kvm_pthread_join(pager, NULL);
+
+	pr_info("# %llu copies, %llu of pages that were there, %llu mappings\n", r.nr_copies,
+		r.nr_existing, r.nr_fleeting);
+	pr_info("# %llu reads, %llu missing, %llu minor faults\n", r.nr_reads, r.nr_missing,
+		r.nr_minor);
+	pr_info("# %llu slots: %llu reads, %llu of nothing, %llu while armed\n", r.nr_slots,
+		r.nr_contents, r.nr_mmios, r.nr_armed);
+	TEST_ASSERT(race_one_file_has_seen_all(&r), "Somebody did nothing");
+
+	close(r.uffd);
+	kvm_munmap(r.mem, self->size);
+	kvm_munmap(self->hva, self->size);
+	vm_set_user_memory_region2(self->vm, AGENT_SLOT, KVM_MEM_GUEST_MEMFD, AGENT_GPA,
+				   0, NULL, -1, 0);
 }
 
 int main(int argc, char *argv[])

@@ -14,8 +14,8 @@
  * And the hash of each page when it was placed has to be that of the page at the
  * source when the guest was stopped there.  With userfaultfd the guest may write to a
  * page before that can be hashed: it is the hash of what was to be placed.  So the pages
- * that the guest does not change are hashed once more, in memory, after the last of them
- * was placed.
+ * that the guest has not changed are hashed once more, in memory, after the last of them
+ * was placed.  For those that it has changed by then there is only its own check.
  */
 #include <ctype.h>
 #include <fcntl.h>
@@ -86,6 +86,9 @@ struct report {
 	u64 kvm_records;
 	u64 huge_blocks;
 	u64 huge_mappings;
+	bool huge_unknown;
+	u64 lost;
+	u64 nr_progress;
 	u64 hash;
 	struct postcopy_stats stats;
 };
@@ -365,6 +368,7 @@ static u64 bitmap_bytes(void)
 struct runner {
 	struct kvm_vcpu *vcpu;
 	pthread_t thread;
+	pid_t tid;
 	/* As reported by the guest. */
 	u64 beat;
 	u64 pass;
@@ -478,6 +482,7 @@ static void *runner_fn(void *arg)
 {
 	struct runner *runner = arg;
 
+	WRITE_ONCE(runner->tid, syscall(__NR_gettid));
 	while (run_once(runner))
 		;
 	__atomic_store_n(&runner->done, true, __ATOMIC_RELEASE);
@@ -522,9 +527,10 @@ static void wait_for_pass_of(struct runner *runner)
 
 	while (READ_ONCE(runner->pass) < pass) {
 		TEST_ASSERT(userfault_now_ms() < end,
-			    "vCPU %u is in pass %lu, after %lu more beats and %lu exits",
+			    "vCPU %u is in pass %lu, after %lu more beats and %lu exits, state %c",
 			    runner->vcpu->id, runner->pass + 1, runner->beat - beat,
-			    vcpu_get_stat(runner->vcpu, exits) - exits);
+			    vcpu_get_stat(runner->vcpu, exits) - exits,
+			    task_state(getpid(), runner->tid));
 		usleep(100);
 	}
 }
@@ -744,20 +750,37 @@ static void source_fork_server(struct source *source)
 	close(sock);
 }
 
-static void source_send_hashes(struct source *source)
+static void source_send_hashes_of(struct source *source, struct postcopy_region *region,
+				  u64 unit)
 {
 	struct postcopy_message msg = {
 		.type = POSTCOPY_HASHES,
-		.size = mem.nr_pages * sizeof(u64),
+		.size = region->size / unit * sizeof(u64),
 	};
 	u64 *hashes = malloc(msg.size);
-	u64 page;
+	u64 i;
 
-	for (page = 0; page < mem.nr_pages; page++)
-		hashes[page] = postcopy_hash(page, postcopy_page_hva(&mem, page),
-					     postcopy_page_region(&mem, page)->unit);
+	for (i = 0; i < region->size / unit; i++)
+		hashes[i] = postcopy_hash(region->first + i, region->hva + i * unit, unit);
 	source_send(source, &msg, hashes);
 	free(hashes);
+}
+
+/* Of what is moved, and then of what the guest may have changed or not. */
+static void source_send_hashes(struct source *source)
+{
+	struct postcopy_region *region;
+
+	for (region = mem.regions; region < mem.regions + POSTCOPY_NR_REGIONS; region++) {
+		source_send_hashes_of(source, region, region->unit);
+		source_send_hashes_of(source, region, page_size);
+	}
+}
+
+static void source_lose(const char *why)
+{
+	ksft_print_msg("source: the migration is lost, %s\n", why);
+	exit(POSTCOPY_EXIT_LOST);
 }
 
 /* Provide page servers until the destination has all, or is gone. */
@@ -772,15 +795,18 @@ static void source_supervise(struct source *source)
 	for (;;) {
 		/* Servers stop by themselves, when nothing is wanted for a while. */
 		if (poll(pollfds, 2, 2 * USERFAULT_TIMEOUT_SECS * 1000) <= 0)
-			exit(POSTCOPY_EXIT_LOST);
+			source_lose("nobody asks for anything");
 		if (pollfds[1].revents)
 			source_fork_server(source);
 		if (!pollfds[0].revents)
 			continue;
 		if (!postcopy_receive(source->sock, &msg, NULL, 0))
-			exit(POSTCOPY_EXIT_LOST);
+			source_lose("the destination is gone");
 		TEST_ASSERT_EQ(msg.type, POSTCOPY_DONE);
-		return source_send_hashes(source);
+		source_send_hashes(source);
+		/* It ends when the pager does, and would not survive us. */
+		waitpid(source->server, NULL, 0);
+		return;
 	}
 }
 
@@ -1090,11 +1116,23 @@ static void dest_start_pager(struct destination *dest)
 	postcopy_pager_start(&pager);
 }
 
+/* One that the guest has changed since it came. */
+static u64 dest_late_page(void)
+{
+	u64 i = 0;
+
+	while (page_kind(i) != PAGE_HOT)
+		i++;
+
+	return postcopy_gpa_page(&mem, AGENT_GPA + i * page_size);
+}
+
 static void dest_stop_pager(struct destination *dest)
 {
 	int status;
 	u32 i;
 
+	shared->late_page = dest_late_page();
 	if (postcopy_uses_userfault(&opts))
 		vm_userfault_disable(dest->vm);
 
@@ -1169,19 +1207,51 @@ static void dest_precopy(struct destination *dest)
 	}
 }
 
+/* It may sleep for another reason, but not for long. */
+static bool runner_is_stuck(struct runner *runner)
+{
+	u64 beat = READ_ONCE(runner->beat);
+
+	if (__atomic_load_n(&runner->done, __ATOMIC_ACQUIRE))
+		return true;
+	usleep(20000);
+
+	return postcopy_uses_uffd(&opts) && READ_ONCE(runner->beat) == beat &&
+	       task_is_asleep(getpid(), READ_ONCE(runner->tid));
+}
+
+/*
+ * Each vCPU has pages that are lost.  It may finish the pass that it was in, but not the
+ * next one.
+ */
+static void dest_check_lost(struct destination *dest, u32 i)
+{
+	u64 *state = dest->states[i + 1];
+
+	userfault_wait_until(runner_is_stuck(&runners[i]));
+	TEST_ASSERT(!runners[i].done || runners[i].lost, "vCPU %u did not fail", i);
+	TEST_ASSERT(READ_ONCE(runners[i].pass) <= state[1] + 1,
+		    "vCPU %u has done pass %lu without its pages", i, runners[i].pass);
+}
+
 /* The guest has stopped, not having got any page that is not filled. */
 static void dest_lose(struct destination *dest)
 {
-	u32 i;
+	u32 i, nr_failed = 0;
+
+	for (i = 0; i < opts.nr_vcpus; i++) {
+		dest_check_lost(dest, i);
+		nr_failed += runners[i].done;
+	}
+	report->lost = shared->remaining;
+	ksft_print_msg("destination: %lu of %lu pages are lost, %u vCPUs have failed, %u wait\n",
+		       report->lost, report->stale, nr_failed, opts.nr_vcpus - nr_failed);
 
 	/* Nothing but the end of the process gets vCPUs out of userfaultfd. */
-	if (!postcopy_uses_queue(&opts))
-		_exit(POSTCOPY_EXIT_LOST);
-
-	join_runners();
-	for (i = 0; i < opts.nr_vcpus; i++)
-		TEST_ASSERT(runners[i].lost, "vCPU %u did not fail", i);
-	dest_stop_pager(dest);
+	if (postcopy_uses_queue(&opts)) {
+		join_runners();
+		dest_stop_pager(dest);
+	}
 	_exit(POSTCOPY_EXIT_LOST);
 }
 
@@ -1192,6 +1262,7 @@ static void print_progress(u32 remaining)
 	printf("# %4lu ms: %lu of %lu pages placed, %lu asked for, %lu streamed, window %lu\n",
 	       (postcopy_now_ns() - report->run_ns) / 1000000, report->stale - remaining,
 	       report->stale, stats->asked, stats->streamed, stats->window);
+	report->nr_progress++;
 }
 
 static void dest_wait_for_pages(struct destination *dest)
@@ -1217,45 +1288,92 @@ static void dest_wait_for_pages(struct destination *dest)
 		print_progress(0);
 }
 
-/* What the guest never changes is, in memory, as it was at the source. */
-static void dest_check_memory(const u64 *hashes)
+/* In dest->buf. */
+static void dest_receive_hashes(struct destination *dest, u64 nr)
 {
-	struct postcopy_region *region = &mem.regions[1];
-	u64 nr_kvm_pages = opts.nr_vcpus;
-	u64 i, page, nr = 0;
+	struct postcopy_message msg;
 
-	/* In a huge page is always something that is changed. */
-	if (region->unit != page_size)
-		return;
+	dest_receive(dest, &msg);
+	TEST_ASSERT_EQ(msg.type, POSTCOPY_HASHES);
+	TEST_ASSERT_EQ(msg.size, nr * sizeof(u64));
+}
 
-	for (i = 0; i < region->nr - nr_kvm_pages; i++) {
-		if (page_kind(i) == PAGE_HOT)
-			continue;
-		page = region->first + i;
-		TEST_ASSERT(postcopy_hash(page, postcopy_page_hva(&mem, page), page_size) ==
-			    hashes[page], "Page %lu has changed", page);
-		nr++;
+/* Of a region, what the guest may have written by now. */
+static unsigned long *dest_find_changed(struct destination *dest,
+					struct postcopy_region *region)
+{
+	u64 nr = region->size / page_size;
+	unsigned long *changed = bitmap_zalloc(nr);
+	u64 i;
+
+	if (region->slot != AGENT_SLOT) {
+		kvm_vm_get_dirty_log(dest->vm, region->slot, changed);
+		return changed;
 	}
-	TEST_ASSERT(nr, "There are no such pages");
+
+	for (i = 0; i < nr; i++) {
+		if (page_kind(i) == PAGE_HOT || i >= nr - opts.nr_vcpus)
+			set_bit(i, changed);
+	}
+
+	return changed;
+}
+
+/*
+ * What the guest has not changed is, in memory, as it was at the source.  Each huge page
+ * has something that it changes, so this is about small ones.
+ */
+static void dest_check_memory(struct destination *dest, struct postcopy_region *region)
+{
+	u64 i, nr = region->size / page_size;
+	unsigned long *differs = bitmap_zalloc(nr);
+	unsigned long *changed;
+	u64 *hashes = dest->buf;
+	u64 nr_checked = 0;
+
+	dest_receive_hashes(dest, nr);
+	for (i = 0; i < nr; i++) {
+		if (postcopy_hash(region->first + i, region->hva + i * page_size,
+				  page_size) != hashes[i])
+			set_bit(i, differs);
+	}
+
+	/* Not before all pages are hashed: what is written meanwhile is found as well. */
+	changed = dest_find_changed(dest, region);
+	for (i = 0; i < nr; i++) {
+		if (test_bit(i, changed))
+			continue;
+		TEST_ASSERT(!test_bit(i, differs), "Page %lu of slot %u has changed", i,
+			    region->slot);
+		nr_checked++;
+	}
+	TEST_ASSERT(nr_checked, "The guest has changed all of slot %u", region->slot);
+	free(differs);
+	free(changed);
+}
+
+static void dest_check_region(struct destination *dest, struct postcopy_region *region)
+{
+	u64 *hashes = dest->buf;
+	u64 i, page;
+
+	dest_receive_hashes(dest, region->nr);
+	for (i = 0; i < region->nr; i++) {
+		page = region->first + i;
+		TEST_ASSERT(shared->pages[page].hash == hashes[i],
+			    "Page %lu is not what it was at the source", page);
+		report->hash = report->hash * 31 + hashes[i];
+	}
+	dest_check_memory(dest, region);
 }
 
 static void dest_check_hashes(struct destination *dest)
 {
-	u64 *hashes = dest->buf;
-	struct postcopy_message msg;
-	u64 page;
+	struct postcopy_region *region;
 
 	TEST_ASSERT(postcopy_send_arg(dest->sock, POSTCOPY_DONE, 0), "The source is gone");
-	dest_receive(dest, &msg);
-	TEST_ASSERT_EQ(msg.type, POSTCOPY_HASHES);
-	TEST_ASSERT_EQ(msg.size, mem.nr_pages * sizeof(u64));
-
-	for (page = 0; page < mem.nr_pages; page++) {
-		TEST_ASSERT(shared->pages[page].hash == hashes[page],
-			    "Page %lu is not what it was at the source", page);
-		report->hash = report->hash * 31 + hashes[page];
-	}
-	dest_check_memory(hashes);
+	for (region = mem.regions; region < mem.regions + POSTCOPY_NR_REGIONS; region++)
+		dest_check_region(dest, region);
 }
 
 /* Nothing may be left that only KVM_USERFAULT_DISABLE would have an effect on. */
@@ -1329,10 +1447,13 @@ static void report_latencies(void)
 /* Whether it does so at the right times is for check_window(). */
 static void dest_check_window(struct postcopy_stats *stats)
 {
-	if (stats->streamed)
+	/* See pager_max_outstanding(). */
+	bool certain = mem.max_unit == page_size;
+
+	if (certain || stats->streamed)
 		TEST_ASSERT(stats->window_grown && stats->max_window > POSTCOPY_MIN_WINDOW,
 			    "The window has not grown");
-	if (stats->window_faults)
+	if (certain || stats->window_faults)
 		TEST_ASSERT(stats->window_shrunk, "The window has not shrunk, by %lu faults",
 			    stats->window_faults);
 }
@@ -1370,12 +1491,19 @@ static void dest_check_stats(struct destination *dest)
 /* Where the memory is huge, so are the mappings, as if nothing had happened. */
 static void dest_check_huge_mappings(struct destination *dest)
 {
-	bool huge = is_hugetlb(opts.src) ||
-		    (opts.src == VM_MEM_SRC_ANONYMOUS_THP &&
-		     is_thp(mem.regions[1].hva, opts.size));
+	bool known = arch_get_huge_mappings(dest->vm, &report->huge_mappings);
+	bool thp = opts.src == VM_MEM_SRC_ANONYMOUS_THP;
+	bool huge = is_hugetlb(opts.src) || (thp && is_thp(mem.regions[1].hva, opts.size));
 
-	if (!arch_get_huge_mappings(dest->vm, &report->huge_mappings) || !huge)
+	if (!is_hugetlb(opts.src) && !thp)
 		return;
+
+	report->huge_unknown = !huge || !known;
+	if (report->huge_unknown) {
+		ksft_print_msg("Huge mappings are not checked, %s\n",
+			       huge ? "the kernel does not tell" : "the memory is not huge");
+		return;
+	}
 
 	report->huge_blocks = opts.size / SZ_2M;
 	TEST_ASSERT(report->huge_mappings >= report->huge_blocks,
@@ -1400,8 +1528,10 @@ static void dest_main(void)
 
 	dest.vm = create_vm();
 	TEST_ASSERT(mem.nr_pages <= shared->max_pages, "Too many pages");
+	/* See dest_find_changed(). */
+	vm_mem_region_set_flags(dest.vm, 0, KVM_MEM_LOG_DIRTY_PAGES);
 	dest.present = bitmap_zalloc(mem.nr_pages);
-	dest.buf_size = max(mem.max_unit, max(mem.nr_pages * sizeof(u64),
+	dest.buf_size = max(mem.max_unit, max(shared->max_pages * sizeof(u64),
 					      (u64)POSTCOPY_MAX_STATE));
 	dest.buf = malloc(dest.buf_size);
 
@@ -1415,6 +1545,7 @@ static void dest_main(void)
 	dest_stop_pager(&dest);
 	report_latencies();
 
+	/* Nor has it lost anything. */
 	wait_for_pass();
 	pause_runners();
 	dest_check_stats(&dest);
@@ -1552,6 +1683,9 @@ static bool check_failure(void)
 		return stats->duplicates;
 	case POSTCOPY_WRONG_PAGES:
 		return stats->wrong;
+	case POSTCOPY_ONLY_WRONG_PAGES:
+	case POSTCOPY_SOURCE_KILLED:
+		return report->lost;
 	default:
 		return true;
 	}
@@ -1580,6 +1714,10 @@ static bool run_migration(void)
 		ksft_print_msg("Source: status %#x, expected %#x; destination: %#x, %#x\n",
 			       source_status, expected_source_status(), dest_status,
 			       expected_dest_status());
+		return false;
+	}
+	if (opts.progress && !report->nr_progress) {
+		ksft_print_msg("No progress was reported\n");
 		return false;
 	}
 	if (!check_failure())
@@ -1622,6 +1760,8 @@ static void print_report(void)
 	ksft_print_msg("fault latency p50         %10lu us\n", report->latency_p50_ns / 1000);
 	ksft_print_msg("fault latency p99         %10lu us\n", report->latency_p99_ns / 1000);
 	ksft_print_msg("fault latency max         %10lu us\n", report->latency_max_ns / 1000);
+	if (report->huge_unknown)
+		ksft_print_msg("huge mappings                not checked\n");
 	if (report->huge_blocks)
 		ksft_print_msg("huge mappings             %10lu of %lu blocks\n",
 			       report->huge_mappings, report->huge_blocks);
@@ -1758,6 +1898,7 @@ static void check_requirements(void)
 	u64 unit = get_backing_src_pagesz(opts.src);
 	int uffd;
 
+	__TEST_REQUIRE(kvm_arch_has_default_irqchip(), "No interrupt controller");
 	if (opts.mode == POSTCOPY_USERFAULT)
 		flags |= KVM_USERFAULT_ASYNC;
 	if (opts.mode == POSTCOPY_ASYNC)

@@ -1072,12 +1072,18 @@ static void slot_insert(struct worker *w, struct kvm_userspace_memory_region2 *r
 		vcpus_resume();
 }
 
+/* Those of a guest_memfd can be deleted, and nothing else. */
+static bool slots_can_change(void)
+{
+	return backing_src != VM_MEM_SRC_GUEST_MEMFD;
+}
+
 static void slot_remove(struct worker *w, const struct kvm_userspace_memory_region2 *region)
 {
 	struct kvm_userspace_memory_region2 tmp = *region;
 
 	__sync_fetch_and_add(&slot_seqs[region->slot - FIRST_SLOT], 1);
-	if (kvm_random_bool(&w->rng)) {
+	if (slots_can_change() && kvm_random_bool(&w->rng)) {
 		w->doing = "moving a memslot";
 		tmp.guest_phys_addr += 2 * nr_pages * page_size;
 		count_deeds(DEED_MOVE_SLOT, 1);
@@ -1112,7 +1118,7 @@ static void race_slots(struct worker *w)
 		return;
 	}
 
-	switch (random_below(w, 4)) {
+	switch (slots_can_change() ? random_below(w, 4) : 0) {
 	case 0:
 		slot_remove(w, &region->region);
 		usleep(random_below(w, 1000));
@@ -1361,6 +1367,18 @@ static void check_huge_mappings(void)
 	TEST_ASSERT(exits < nr_pages / 16, "Huge pages are not mapped as such");
 }
 
+static bool is_possible(enum deed deed)
+{
+	switch (deed) {
+	case DEED_MOVE_SLOT:
+	case DEED_TOGGLE_LOG:
+	case DEED_GET_LOG:
+		return slots_can_change();
+	default:
+		return true;
+	}
+}
+
 /* What nobody has done yet, or NULL. */
 static const char *missing_deed(void)
 {
@@ -1372,7 +1390,7 @@ static const char *missing_deed(void)
 	}
 
 	for (i = 0; i < NR_DEEDS; i++) {
-		if (!READ_ONCE(deeds[i]))
+		if (is_possible(i) && !READ_ONCE(deeds[i]))
 			return deed_names[i];
 	}
 

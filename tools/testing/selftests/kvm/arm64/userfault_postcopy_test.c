@@ -87,16 +87,12 @@ static u64 vcpu_affinity(struct kvm_vcpu *vcpu)
 u64 arch_save_vm(struct kvm_vm *vm, void *buf)
 {
 	memset(buf, 0, SZ_4K);
-	if (!vm->arch.has_gic)
-		return sizeof(u64);
-
 	return gic_access(vm, dist_regs, ARRAY_SIZE(dist_regs), 0, buf, true) * sizeof(u64);
 }
 
 void arch_load_vm(struct kvm_vm *vm, void *buf)
 {
-	if (vm->arch.has_gic)
-		gic_access(vm, dist_regs, ARRAY_SIZE(dist_regs), 0, buf, false);
+	gic_access(vm, dist_regs, ARRAY_SIZE(dist_regs), 0, buf, false);
 }
 
 struct vcpu_state {
@@ -125,9 +121,8 @@ u64 arch_save_vcpu(struct kvm_vcpu *vcpu, void *buf)
 	vcpu_ioctl(vcpu, KVM_GET_VCPU_EVENTS, &state->events);
 	vcpu_device_attr_get(vcpu, KVM_ARM_VCPU_PVTIME_CTRL, KVM_ARM_VCPU_PVTIME_IPA,
 			     &state->pvtime);
-	if (vcpu->vm->arch.has_gic)
-		gic_access(vcpu->vm, redist_regs, ARRAY_SIZE(redist_regs),
-			   vcpu_affinity(vcpu), state->gic, true);
+	gic_access(vcpu->vm, redist_regs, ARRAY_SIZE(redist_regs), vcpu_affinity(vcpu),
+		   state->gic, true);
 
 	list = vcpu_get_reg_list(vcpu);
 	state->nr = list->n;
@@ -155,9 +150,8 @@ void arch_load_vcpu(struct kvm_vcpu *vcpu, void *buf)
 		reg.addr = (u64)state->regs[i].val;
 		vcpu_ioctl(vcpu, KVM_SET_ONE_REG, &reg);
 	}
-	if (vcpu->vm->arch.has_gic)
-		gic_access(vcpu->vm, redist_regs, ARRAY_SIZE(redist_regs),
-			   vcpu_affinity(vcpu), state->gic, false);
+	gic_access(vcpu->vm, redist_regs, ARRAY_SIZE(redist_regs), vcpu_affinity(vcpu),
+		   state->gic, false);
 	vcpu_device_attr_set(vcpu, KVM_ARM_VCPU_PVTIME_CTRL, KVM_ARM_VCPU_PVTIME_IPA,
 			     &state->pvtime);
 	vcpu_ioctl(vcpu, KVM_SET_VCPU_EVENTS, &state->events);
@@ -175,10 +169,12 @@ void arch_setup_kvm_page(struct kvm_vcpu *vcpu, gpa_t gpa)
 }
 
 /*
- * An interrupt that is pending and not enabled, and priorities.  The GIC is not used
- * for anything.
+ * Interrupts that are pending, and priorities.  The private one is not enabled, and the
+ * shared one, which is for vCPU 0 to look after, has a priority that is not let through.
+ * The GIC is not used for anything.
  */
 #define PENDING		BIT(5)
+#define SPI		BIT(0)
 #define PRIORITIES	0x80a0c0e0
 #define PRIORITY_MASK	0x90
 
@@ -187,18 +183,41 @@ static void *guest_redist(u64 vcpu_id, u64 reg)
 	return (void *)(GICR_BASE_GPA + vcpu_id * KVM_VGIC_V3_REDIST_SIZE + SGI_BASE + reg);
 }
 
+/* A register with @bits for each interrupt, from the first one that is shared on. */
+static void *guest_dist(u64 reg, u64 bits)
+{
+	return (void *)(GICD_BASE_GPA + reg + 32 * bits / 8);
+}
+
+static void guest_setup_spi(void)
+{
+	writel(PRIORITIES, guest_dist(GICD_IPRIORITYR, 8));
+	writel(SPI, guest_dist(GICD_ISENABLER, 1));
+	writel(SPI, guest_dist(GICD_ISPENDR, 1));
+}
+
+static bool guest_check_spi(void)
+{
+	return readl(guest_dist(GICD_IPRIORITYR, 8)) == PRIORITIES &&
+	       readl(guest_dist(GICD_ISENABLER, 1)) == SPI &&
+	       readl(guest_dist(GICD_ISPENDR, 1)) == SPI;
+}
+
 void arch_guest_setup_irqchip(u64 vcpu_id)
 {
 	writel(PRIORITIES, guest_redist(vcpu_id, GICR_IPRIORITYR0));
 	writel(PENDING, guest_redist(vcpu_id, GICD_ISPENDR));
 	write_sysreg_s(PRIORITY_MASK, SYS_ICC_PMR_EL1);
+	if (!vcpu_id)
+		guest_setup_spi();
 }
 
 bool arch_guest_check_irqchip(u64 vcpu_id)
 {
 	return readl(guest_redist(vcpu_id, GICR_IPRIORITYR0)) == PRIORITIES &&
 	       readl(guest_redist(vcpu_id, GICD_ISPENDR)) == PENDING &&
-	       read_sysreg_s(SYS_ICC_PMR_EL1) == PRIORITY_MASK;
+	       read_sysreg_s(SYS_ICC_PMR_EL1) == PRIORITY_MASK &&
+	       (vcpu_id || guest_check_spi());
 }
 
 /* KVM emulates no access to memory. */

@@ -29,7 +29,7 @@ enum postcopy_failure {
 	POSTCOPY_NO_FAILURE,
 	POSTCOPY_SERVER_KILLED,		/* The page server is, and gets replaced */
 	POSTCOPY_CONNECTION_CUT,	/* In the middle of a page */
-	POSTCOPY_DUPLICATE_PAGES,	/* Each page comes once more, late */
+	POSTCOPY_DUPLICATE_PAGES,	/* Each page comes once more, one after the end */
 	POSTCOPY_WRONG_PAGES,		/* Some pages do not have their content */
 	POSTCOPY_ONLY_WRONG_PAGES,	/* No page has, from some time on */
 	POSTCOPY_SOURCE_KILLED,
@@ -116,7 +116,7 @@ enum postcopy_message_type {
 	POSTCOPY_VCPU,		/* State of vCPU @arg */
 	POSTCOPY_START,		/* The destination is in charge now */
 	POSTCOPY_DONE,		/* The destination has all pages */
-	POSTCOPY_HASHES,	/* The hash of each page */
+	POSTCOPY_HASHES,	/* The hash of each page of a region */
 	/* Between page server and pager. */
 	POSTCOPY_MISSING,	/* Bitmap of the pages to send */
 	POSTCOPY_REQUEST,	/* Page @arg is needed */
@@ -215,6 +215,8 @@ struct postcopy_shared {
 	pid_t vmm_pid;
 	/* Pages to be placed. */
 	u32 remaining;
+	/* The one that comes when everything is over. */
+	u64 late_page;
 	struct postcopy_stats stats;
 	u64 max_pages;
 	struct postcopy_page pages[];
@@ -259,6 +261,10 @@ struct postcopy_pager {
 	int sock;
 	struct postcopy_window window;
 	u64 outstanding;
+	/* How many pages wait for the first fault that cuts the window. */
+	u32 held;
+	/* The page that came last. */
+	u64 last;
 
 	int stop_fd;
 	pthread_t threads[POSTCOPY_MAX_UFFDS + 3];

@@ -741,10 +741,26 @@ static void pager_update_window(struct postcopy_pager *pager,
 	WRITE_ONCE(stats->window, pager->window.size);
 }
 
+/*
+ * The stream stops half way if no fault has found a window to cut: there still are pages
+ * then that the guest is going to need.
+ */
+static u64 pager_max_outstanding(struct postcopy_pager *pager)
+{
+	u64 left = __atomic_load_n(&pager->shared->remaining, __ATOMIC_ACQUIRE);
+
+	if (pager->shared->stats.window_faults || left < pager->held ||
+	    pager->window.size == POSTCOPY_MIN_WINDOW)
+		return pager->window.size;
+
+	return min(pager->window.size, left - pager->held);
+}
+
 /* The first page is for who needs it: the guest is to start before the stream. */
 static void pager_give_credit(struct postcopy_pager *pager)
 {
 	struct postcopy_stats *stats = &pager->shared->stats;
+	u64 max = pager_max_outstanding(pager);
 	u64 nr;
 
 	if (!READ_ONCE(pager->shared->started) ||
@@ -752,10 +768,10 @@ static void pager_give_credit(struct postcopy_pager *pager)
 	      READ_ONCE(stats->uffd_events)))
 		return;
 
-	if (pager->window.size <= pager->outstanding)
+	if (max <= pager->outstanding)
 		return;
 
-	nr = pager->window.size - pager->outstanding;
+	nr = max - pager->outstanding;
 	pager->outstanding += nr;
 	postcopy_send_arg(pager->sock, POSTCOPY_CREDIT, nr);
 }
@@ -811,7 +827,6 @@ static void pager_lose(struct postcopy_pager *pager)
 	u64 page;
 	u32 state;
 
-	__atomic_store_n(&pager->shared->lost, 1, __ATOMIC_RELEASE);
 	for (page = 0; page < pager->mem.nr_pages; page++) {
 		p = &pager->shared->pages[page];
 		state = __atomic_fetch_or(&p->state, POSTCOPY_LOST, __ATOMIC_ACQ_REL);
@@ -822,6 +837,7 @@ static void pager_lose(struct postcopy_pager *pager)
 		if (state & POSTCOPY_ASKED_BY_EXIT)
 			futex_wake(&p->state);
 	}
+	__atomic_store_n(&pager->shared->lost, 1, __ATOMIC_RELEASE);
 	futex_wake(&pager->shared->remaining);
 }
 
@@ -917,6 +933,9 @@ static enum received pager_receive(struct postcopy_pager *pager, void *buf)
 	    msg.size != postcopy_page_region(&pager->mem, msg.arg)->unit)
 		return RECEIVED_NOTHING;
 
+	TEST_ASSERT(!pager->shared->pages[msg.arg].zero,
+		    "Page %lu was sent, and is known to be zero", msg.arg);
+	pager->last = msg.arg;
 	sleep_until(msg.sent_ns + pager->opts->latency_us * 1000);
 	if (msg.sum != postcopy_hash(msg.arg, buf, msg.size)) {
 		if (!pager_handle_wrong(pager, msg.arg))
@@ -937,14 +956,18 @@ static void *pager_receiver(void *arg)
 	struct postcopy_pager *pager = arg;
 	u32 *remaining = &pager->shared->remaining;
 	void *buf = malloc(pager->mem.max_unit);
-	u32 half = *remaining / 2;
 	enum received received;
 	u64 page;
+	u32 half;
 
 	for (page = 0; page < pager->mem.nr_pages; page++) {
 		if (pager->shared->pages[page].zero)
 			pager_place_zero(pager, page);
 	}
+	half = __atomic_load_n(remaining, __ATOMIC_ACQUIRE) / 2;
+	/* Of huge pages, the guest may have asked for all at once. */
+	if (pager->mem.max_unit == getpagesize())
+		pager->held = half;
 
 	while (__atomic_load_n(remaining, __ATOMIC_ACQUIRE)) {
 		if (pager->opts->failure == POSTCOPY_DESTINATION_KILLED && *remaining < half)
@@ -1073,6 +1096,7 @@ void postcopy_pager_start(struct postcopy_pager *pager)
 
 	pthread_mutex_init(&pager->lock, NULL);
 	pager->sock = -1;
+	pager->held = 0;
 	pager->nr_threads = 0;
 	pager->stop_fd = eventfd(0, EFD_CLOEXEC);
 	TEST_ASSERT(pager->stop_fd >= 0, "eventfd() failed, errno %d", errno);
@@ -1094,6 +1118,22 @@ void postcopy_pager_start(struct postcopy_pager *pager)
 	}
 }
 
+/* Until the server has seen that nothing more is wanted. */
+static void pager_receive_late(struct postcopy_pager *pager)
+{
+	u64 duplicates = pager->shared->stats.duplicates;
+	u64 page = pager->shared->late_page;
+	void *buf = malloc(pager->mem.max_unit);
+
+	postcopy_send_arg(pager->sock, POSTCOPY_AGAIN, page);
+	shutdown(pager->sock, SHUT_WR);
+	while (pager_receive(pager, buf) == RECEIVED)
+		;
+	TEST_ASSERT(pager->last == page && pager->shared->stats.duplicates > duplicates,
+		    "Page %lu did not come again", page);
+	free(buf);
+}
+
 /* When all pages are there, or lost. */
 void postcopy_pager_stop(struct postcopy_pager *pager)
 {
@@ -1103,6 +1143,8 @@ void postcopy_pager_stop(struct postcopy_pager *pager)
 	TEST_ASSERT_EQ(write(pager->stop_fd, &one, sizeof(one)), sizeof(one));
 	for (i = 0; i < pager->nr_threads; i++)
 		kvm_pthread_join(pager->threads[i], NULL);
+	if (pager->opts->failure == POSTCOPY_DUPLICATE_PAGES)
+		pager_receive_late(pager);
 	if (pager->sock >= 0)
 		close(pager->sock);
 	close(pager->stop_fd);

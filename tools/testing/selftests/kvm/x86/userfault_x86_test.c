@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include <linux/bitmap.h>
+#include <linux/falloc.h>
 #include <linux/sizes.h>
 
 #include "apic.h"
@@ -470,6 +471,22 @@ userfault_test(private, two_slots_on_one_file)
 	agent_expect_userfault(self->vcpu, AGENT_READ, OTHER_GPA, 0, OTHER_GPA, flags);
 	vm_userfault_clear(self->vm, OTHER_GPA, PAGE_SIZE);
 	TEST_ASSERT_EQ(agent_finish(self->vcpu), private_content(NR_PAGES / 2));
+
+	/* A hole on both sides of the border, one of which is armed. */
+	vm_userfault_arm(self->vm, OTHER_GPA, PAGE_SIZE);
+	agent_expect_userfault(self->vcpu, AGENT_READ, OTHER_GPA, 0, OTHER_GPA, flags);
+	kvm_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, size / 2 - PAGE_SIZE,
+		      2 * PAGE_SIZE);
+	vcpu_run_expect_userfault(self->vcpu, OTHER_GPA, flags);
+	vm_userfault_clear(self->vm, OTHER_GPA, PAGE_SIZE);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), 0);
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_READ, page_gpa(NR_PAGES / 2 - 1), 0), 0);
+
+	/* It ends there. */
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_READ, page_gpa(NR_PAGES / 2 - 2), 0),
+		       private_content(NR_PAGES / 2 - 2));
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_READ, OTHER_GPA + PAGE_SIZE, 0),
+		       private_content(NR_PAGES / 2 + 1));
 	close(fd);
 }
 
