@@ -209,16 +209,17 @@ digest()
 	subtests "$1" "$2"
 }
 
-# compare_mm ARCH: the tests of set 'mm' must do with the series what they do without.
-# What both kernels skip is tested nowhere, and what fails on both is no pass.
+# compare_mm ARCH [SUFFIX]: the tests of set mm[SUFFIX] must do with the series, in boot
+# ARCH[SUFFIX], what they do without, in ARCH-unpatched[SUFFIX]. What both kernels skip is
+# tested nowhere, and what fails on both is no pass.
 compare_mm()
 {
-	local test n before after what verdict sub why
+	local test n before after what verdict sub why base=$1-unpatched${2:-} boot=$1${2:-}
 
 	while read -r _ test; do
-		before=$(digest "$1-unpatched" "$(number "$1-unpatched" "$test")")
-		n=$(number "$1" "$test")
-		after=$(digest "$1" "$n")
+		before=$(digest "$base" "$(number "$base" "$test")")
+		n=$(number "$boot" "$test")
+		after=$(digest "$boot" "$n")
 		if [[ $before != "ended: "* || $before != "$after" ]]; then
 			what=$({ diff <(echo "$before") <(echo "$after") || true; } | grep -m1 '^[<>]' ||
 				echo "did not finish")
@@ -236,8 +237,8 @@ compare_mm()
 			fail)	result fail "$1: $test: $sub" "fails, also without the series" ;;
 			*)	result pass "$1: $test: $sub" ;;
 			esac
-		done < <(subtests "$1" "$n")
-	done < <(table "$1" mm)
+		done < <(subtests "$boot" "$n")
+	done < <(table "$1" "mm${2:-}")
 }
 
 # boot_and_judge ARCH REV BOOT SET... [-- KERNEL-PARAMETER...]

@@ -5,6 +5,7 @@
  * and the counters that tell how memory is mapped.
  */
 #include <sys/mman.h>
+#include <sys/stat.h>
 
 #include <linux/bitmap.h>
 #include <linux/falloc.h>
@@ -513,6 +514,128 @@ userfault_test(private, closing_the_file_with_an_open_fault)
 	/* The shared memory of the same slot is still there. */
 	vm_change_attributes(self->vm, page_gpa(0), PAGE_SIZE, 0, 0);
 	TEST_ASSERT_EQ(agent_finish(self->vcpu), page_content(0, false));
+}
+
+#define HWPOISON_DIR	"/sys/kernel/debug/hwpoison"
+#define HWPOISON_FILE	"corrupt-pfn"
+#define TRACE_INSTANCES	"/sys/kernel/debug/tracing/instances"
+/* KVM tells by it which page it is about to map. */
+#define TRACE_EVENT	"events/kvmmmu/kvm_mmu_spte_requested/enable"
+
+/* Returns false if there is no such file. */
+static bool write_number(const char *dir, const char *name, u64 value)
+{
+	char path[256];
+	FILE *file;
+	int ret;
+
+	snprintf(path, sizeof(path), "%s/%s", dir, name);
+	file = fopen(path, "w");
+	if (!file)
+		return false;
+
+	fprintf(file, "%lu", value);
+	ret = fclose(file);
+	/* EBUSY: the page is broken, and still in use. */
+	TEST_ASSERT(!ret || errno == EBUSY, "Cannot write %#lx to %s, errno %d", value, path,
+		    errno);
+	return true;
+}
+
+/* The page that KVM has mapped last at @gpa, as @dir has it from the trace event. */
+static u64 traced_pfn(const char *dir, gpa_t gpa)
+{
+	u64 gfn, pfn, found = 0;
+	char path[256], line[512];
+	FILE *file;
+	char *event;
+
+	snprintf(path, sizeof(path), "%s/trace", dir);
+	file = fopen(path, "r");
+	TEST_ASSERT(file, "Cannot open %s, errno %d", path, errno);
+	while (fgets(line, sizeof(line), file)) {
+		event = strstr(line, "kvm_mmu_spte_requested: gfn ");
+		if (event && sscanf(event, "kvm_mmu_spte_requested: gfn %lx pfn %lx", &gfn,
+				    &pfn) == 2 && gfn == gpa / PAGE_SIZE)
+			found = pfn;
+	}
+	fclose(file);
+	TEST_ASSERT(found, "KVM mapped nothing at %#lx, or did not say so", gpa);
+	return found;
+}
+
+/* Have the vCPU read @nr pages, and get to know them.  Returns false if that can't be. */
+static bool read_and_trace(struct kvm_vcpu *vcpu, u64 nr, u64 *pfns)
+{
+	char dir[128];
+	u64 i;
+
+	snprintf(dir, sizeof(dir), TRACE_INSTANCES "/userfault_x86_test.%d", getpid());
+	if (mkdir(dir, 0700))
+		return false;
+
+	TEST_ASSERT(write_number(dir, "set_event_pid", getpid()) &&
+		    write_number(dir, TRACE_EVENT, 1), "There is no trace event of KVM's MMU");
+	for (i = 0; i < nr; i++) {
+		TEST_ASSERT_EQ(agent_do(vcpu, AGENT_READ, page_gpa(i), 0), private_content(i));
+		pfns[i] = traced_pfn(dir, page_gpa(i));
+	}
+	write_number(dir, TRACE_EVENT, 0);
+	TEST_ASSERT(!rmdir(dir), "rmdir() failed, errno %d", errno);
+	return true;
+}
+
+static void expect_hwpoison(struct kvm_vcpu *vcpu, gpa_t gpa)
+{
+	int ret = _vcpu_run(vcpu);
+
+	TEST_ASSERT(ret == -1 && errno == EHWPOISON, KVM_IOCTL_ERROR(KVM_RUN, ret));
+	TEST_ASSERT_KVM_EXIT_REASON(vcpu, KVM_EXIT_MEMORY_FAULT);
+	TEST_ASSERT_EQ(vcpu->run->memory_fault.flags, KVM_MEMORY_EXIT_FLAG_PRIVATE);
+	TEST_ASSERT_EQ(vcpu->run->memory_fault.gpa, gpa);
+}
+
+/*
+ * Nobody can map private memory and use MADV_HWPOISON: its pages break by number.  One
+ * does while it is mapped, and one while it is armed, which comes first.
+ */
+userfault_test(private, hwpoisoned_private_pages)
+{
+	u64 flags = USERFAULT_READ | KVM_MEMORY_EXIT_FLAG_PRIVATE;
+	u64 pfns[2];
+
+	if (access(HWPOISON_DIR "/" HWPOISON_FILE, W_OK))
+		SKIP(return, "The kernel has no CONFIG_HWPOISON_INJECT, or not for us");
+
+	vm_change_attributes(self->vm, page_gpa(0), 3 * PAGE_SIZE, PRIVATE, 0);
+	if (!read_and_trace(self->vcpu, 2, pfns))
+		SKIP(return, "There is no tracefs, or not for us");
+
+	vm_userfault_arm(self->vm, page_gpa(1), PAGE_SIZE);
+	write_number(HWPOISON_DIR, HWPOISON_FILE, pfns[0]);
+	write_number(HWPOISON_DIR, HWPOISON_FILE, pfns[1]);
+
+	agent_request(self->vcpu, AGENT_READ, page_gpa(0), 0);
+	expect_hwpoison(self->vcpu, page_gpa(0));
+	vm_userfault_arm(self->vm, page_gpa(0), PAGE_SIZE);
+	vcpu_run_expect_userfault(self->vcpu, page_gpa(0), flags);
+	vm_userfault_clear(self->vm, page_gpa(0), PAGE_SIZE);
+	expect_hwpoison(self->vcpu, page_gpa(0));
+
+	/* Without the page, there is no poison. */
+	vm_guest_mem_punch_hole(self->vm, page_gpa(0), PAGE_SIZE);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), 0);
+
+	agent_expect_userfault(self->vcpu, AGENT_READ, page_gpa(1), 0, page_gpa(1), flags);
+	vm_userfault_clear(self->vm, page_gpa(1), PAGE_SIZE);
+	expect_hwpoison(self->vcpu, page_gpa(1));
+	vm_userfault_arm(self->vm, page_gpa(1), PAGE_SIZE);
+	vm_guest_mem_punch_hole(self->vm, page_gpa(1), PAGE_SIZE);
+	vcpu_run_expect_userfault(self->vcpu, page_gpa(1), flags);
+	vm_userfault_clear(self->vm, page_gpa(1), PAGE_SIZE);
+	TEST_ASSERT_EQ(agent_finish(self->vcpu), 0);
+
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_READ, page_gpa(2), 0), private_content(2));
 }
 
 /* A page that is there, so that a read could map it without a call of ->fault(). */
