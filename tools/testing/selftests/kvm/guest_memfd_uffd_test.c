@@ -4,7 +4,8 @@
  *
  * The file is mapped twice.  The first mapping is the one that is registered
  * with userfaultfd, the second one shows what is in the file.  Whether a page is
- * in the file at all is what mincore() tells, without allocating it.
+ * in the file at all is what mincore() tells, without allocating it, of pages
+ * that are more than allocated, i.e. were filled, or cleared.
  */
 #include <poll.h>
 #include <pthread.h>
@@ -433,6 +434,23 @@ static void assert_no_fault(int uffd)
 #define IOCTLS_ALWAYS		(IOCTL_BIT(WAKE) | IOCTL_BIT(COPY) |		\
 				 IOCTL_BIT(ZEROPAGE) | IOCTL_BIT(POISON))
 
+/* Each of them, in turn, on the four pages from @page on. */
+static void assert_ioctls_work(gmem_data *self, u64 page, u64 ioctls)
+{
+	fill_by_alias(self, page + 3);
+
+	TEST_ASSERT_EQ(copy(self, page, 1), page_size);
+	TEST_ASSERT_EQ(zeropage(self, page + 1, 1), page_size);
+	TEST_ASSERT_EQ(poison(self, page + 2, 1), page_size);
+	if (ioctls & IOCTL_BIT(CONTINUE))
+		TEST_ASSERT_EQ(cont(self, page + 3, 1), page_size);
+	TEST_ASSERT_EQ(__uffd_wake(self->uffd, mem_page(self, page), 4 * page_size), 0);
+
+	assert_page_content(self, page);
+	read_expect(mem_page(self, page + 1), 0);
+	read_expect_sigbus(mem_page(self, page + 2));
+}
+
 /* The ioctls that are reported are those that work, and no other. */
 uffd_test(gmem, modes_and_their_ioctls)
 {
@@ -448,9 +466,29 @@ uffd_test(gmem, modes_and_their_ioctls)
 
 	for (i = 0; i < ARRAY_SIZE(modes); i++) {
 		TEST_ASSERT_EQ(register_mem(self, 0, modes[i].mode), modes[i].ioctls);
+		assert_ioctls_work(self, 4 * i, modes[i].ioctls);
 		close(self->uffd);
 	}
 	self->uffd = -1;
+}
+
+/* Of a range with other memory in it, what works everywhere is reported. */
+uffd_test(gmem, ioctls_of_a_range_with_other_memory)
+{
+	u8 *mem = kvm_mmap(2 * page_size, PROT_READ | PROT_WRITE,
+			   MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	u64 ioctls;
+
+	self->uffd = uffd_open(0);
+	TEST_ASSERT_EQ(__uffd_register(self->uffd, mem, 2 * page_size, MISSING, &ioctls), 0);
+	TEST_ASSERT(ioctls & IOCTL_BIT(MOVE), "Anonymous memory can be moved");
+
+	TEST_ASSERT(mmap(mem + page_size, page_size, PROT_READ | PROT_WRITE,
+			 MAP_SHARED | MAP_FIXED, self->fd, 0) == mem + page_size,
+		    "mmap() failed, errno %d", errno);
+	TEST_ASSERT_EQ(__uffd_register(self->uffd, mem, 2 * page_size, MISSING, &ioctls), 0);
+	TEST_ASSERT_EQ(ioctls, IOCTLS_ALWAYS);
+	kvm_munmap(mem, 2 * page_size);
 }
 
 /* Those that are not reported fail: memory that others share is not to be taken away. */
@@ -549,7 +587,11 @@ static const struct protection {
 	{ UFFD_FEATURE_RWP,				RWP | MINOR },
 	{ UFFD_FEATURE_RWP | UFFD_FEATURE_RWP_ASYNC,	RWP },
 	{ UFFD_FEATURE_RWP | UFFD_FEATURE_RWP_ASYNC,	RWP | MISSING },
+	{ UFFD_FEATURE_RWP | UFFD_FEATURE_RWP_ASYNC,	RWP | MINOR },
 };
+
+/* Those that are a way around what memory types say of modes. */
+#define ASYNC_FEATURES	(UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_RWP_ASYNC)
 
 /* What a kernel of these features can do with shmem. */
 static u64 protection_modes(u64 features)
@@ -585,7 +627,7 @@ static void assert_protection_is_refused(gmem_data *self, const struct protectio
 static void assert_all_protection_is_refused(gmem_data *self)
 {
 	int i, fd = kvm_memfd_alloc(self->size, false);
-	u64 features = uffd_features(), tried = 0;
+	u64 features = uffd_features(), tried = 0, tried_features = 0;
 	u64 modes = protection_modes(features);
 	u8 *shmem;
 
@@ -597,9 +639,11 @@ static void assert_all_protection_is_refused(gmem_data *self)
 
 		assert_protection_is_refused(self, &protections[i], shmem, modes);
 		tried |= protections[i].mode;
+		tried_features |= protections[i].features;
 	}
 	TEST_ASSERT(tried & WP, "Write-protection was not tried");
 	TEST_ASSERT((tried & modes) == modes, "Modes %#lx were not tried", modes & ~tried);
+	TEST_ASSERT_EQ(tried_features & ASYNC_FEATURES, features & ASYNC_FEATURES);
 
 	kvm_munmap(shmem, self->size);
 	close(fd);
@@ -874,6 +918,10 @@ uffd_test(gmem, invalid_arguments)
 	TEST_ASSERT_EQ(__uffd_poison(uffd, mem, 0, 0), -EINVAL);
 	TEST_ASSERT_EQ(__uffd_poison(uffd, mem, ps, mode), -EINVAL);
 
+	TEST_ASSERT_EQ(__uffd_wake(uffd, mem + 1, ps), -EINVAL);
+	TEST_ASSERT_EQ(__uffd_wake(uffd, mem, ps + 1), -EINVAL);
+	TEST_ASSERT_EQ(__uffd_wake(uffd, mem, 0), -EINVAL);
+
 	assert_in_file(self, 0, false);
 }
 
@@ -925,6 +973,7 @@ uffd_test(gmem, nothing_is_filled_past_the_end)
 		       page_size);
 }
 
+/* Whoever is not asleep yet looks at the page, and needs no wake. */
 uffd_test(gmem, waking_is_up_to_the_caller)
 {
 	struct access a;
@@ -933,6 +982,7 @@ uffd_test(gmem, waking_is_up_to_the_caller)
 
 	read_start(&a, mem_page(self, 0));
 	expect_fault(self->uffd, mem_page(self, 0), 0);
+	assert_blocked(&a);
 	TEST_ASSERT_EQ(__uffd_copy(self->uffd, mem_page(self, 0), self->src, page_size,
 				   UFFDIO_COPY_MODE_DONTWAKE), page_size);
 	assert_blocked(&a);
@@ -942,6 +992,7 @@ uffd_test(gmem, waking_is_up_to_the_caller)
 
 	read_start(&a, mem_page(self, 1));
 	expect_fault(self->uffd, mem_page(self, 1), 0);
+	assert_blocked(&a);
 	TEST_ASSERT_EQ(__uffd_zeropage(self->uffd, mem_page(self, 1), page_size,
 				       UFFDIO_ZEROPAGE_MODE_DONTWAKE), page_size);
 	assert_blocked(&a);
@@ -952,6 +1003,7 @@ uffd_test(gmem, waking_is_up_to_the_caller)
 	fill_by_alias(self, 2);
 	read_start(&a, mem_page(self, 2));
 	expect_fault(self->uffd, mem_page(self, 2), FAULT_MINOR);
+	assert_blocked(&a);
 	TEST_ASSERT_EQ(__uffd_continue(self->uffd, mem_page(self, 2), page_size,
 				       UFFDIO_CONTINUE_MODE_DONTWAKE), page_size);
 	assert_blocked(&a);

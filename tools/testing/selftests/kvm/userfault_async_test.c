@@ -16,7 +16,6 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
@@ -3110,45 +3109,6 @@ userfault_test(async_vcpu, needs_its_flag)
  * Trace events.
  */
 
-/* A buffer of our own, or NULL if tracefs is in neither place. */
-static const char *trace_create(void)
-{
-	static const char * const roots[] = {
-		"/sys/kernel/tracing",
-		"/sys/kernel/debug/tracing",
-	};
-	static char dir[128];
-	int i;
-
-	for (i = 0; i < ARRAY_SIZE(roots); i++) {
-		snprintf(dir, sizeof(dir), "%s/instances/userfault_test.%d", roots[i],
-			 getpid());
-		if (!mkdir(dir, 0700))
-			return dir;
-	}
-
-	return NULL;
-}
-
-static FILE *trace_open(const char *dir, const char *name, const char *mode)
-{
-	char path[256];
-	FILE *file;
-
-	snprintf(path, sizeof(path), "%s/%s", dir, name);
-	file = fopen(path, mode);
-	TEST_ASSERT(file, "Cannot open %s, errno %d", path, errno);
-	return file;
-}
-
-static void trace_write(const char *dir, const char *name, int value)
-{
-	FILE *file = trace_open(dir, name, "w");
-
-	fprintf(file, "%d", value);
-	TEST_ASSERT(!fclose(file), "Cannot write to %s, errno %d", name, errno);
-}
-
 static const char * const trace_events[] = {
 	"kvm_userfault_arm",
 	"kvm_userfault_clear",
@@ -3251,7 +3211,7 @@ userfault_test(capability, trace_events)
 		SKIP(return, "There is no tracefs, or not for us");
 
 	trace_accesses(dir);
-	TEST_ASSERT(!rmdir(dir), "rmdir() failed, errno %d", errno);
+	trace_remove(dir);
 }
 
 int main(int argc, char *argv[])

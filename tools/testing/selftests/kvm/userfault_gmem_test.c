@@ -4,7 +4,8 @@
  * rule.
  *
  * The memory starts with no page in the file.  Whether there is one is what
- * mincore() tells, without allocating it.
+ * mincore() tells, without allocating it, of pages that were filled or cleared;
+ * that there is one which was just allocated is what write() tells, by EEXIST.
  */
 #include <poll.h>
 #include <pthread.h>
@@ -400,6 +401,32 @@ userfault_test(gmem, next_to_other_memory)
 	fill(self, 5, 1);
 	clear(self, 5, 1);
 	TEST_ASSERT_EQ(agent_finish(self->vcpu), agent_page_content(page_gpa(5)));
+}
+
+/*
+ * Memory that is private, of a file that can be mapped: with the page there, it still is
+ * no fault that userfaultfd or anybody could resolve.
+ */
+userfault_test(gmem, memory_that_is_not_shared)
+{
+	int fd = vm_create_guest_memfd(self->vm, page_size, GUEST_MEMFD_FLAG_MMAP);
+	u8 *mem = kvm_mmap(page_size, PROT_READ, MAP_SHARED, fd);
+	gpa_t gpa = OTHER_GPA;
+
+	vm_set_user_memory_region2(self->vm, OTHER_SLOT, KVM_MEM_GUEST_MEMFD, gpa, page_size,
+				   NULL, fd, 0);
+	agent_map(self->vm, gpa, gpa, page_size);
+
+	vm_userfault_arm(self->vm, gpa, page_size);
+	agent_expect_userfault(self->vcpu, AGENT_WRITE, gpa, 77, gpa, USERFAULT_WRITE);
+	TEST_EXPECT_SIGBUS((void)READ_ONCE(*mem));
+	vm_userfault_clear(self->vm, gpa, page_size);
+	agent_finish(self->vcpu);
+
+	TEST_EXPECT_SIGBUS((void)READ_ONCE(*mem));
+	TEST_ASSERT_EQ(agent_do(self->vcpu, AGENT_READ, gpa, 0), 77);
+	kvm_munmap(mem, page_size);
+	close(fd);
 }
 
 /*

@@ -11,6 +11,7 @@
 #define SELFTEST_KVM_USERFAULT_UTIL_H
 
 #include <pthread.h>
+#include <stdio.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
@@ -147,6 +148,12 @@ static inline gpa_t page_gpa(u64 page)
 {
 	return AGENT_GPA + page * getpagesize();
 }
+
+/* Trace events: in a directory of tracefs, which is gone when it's removed. */
+const char *trace_create(void);
+void trace_remove(const char *dir);
+FILE *trace_open(const char *dir, const char *name, const char *mode);
+void trace_write(const char *dir, const char *name, int value);
 
 void *agent_add_memory(struct kvm_vm *vm, enum vm_mem_backing_src_type src,
 		       gpa_t gpa, u32 slot, u64 nr_pages, u32 flags);

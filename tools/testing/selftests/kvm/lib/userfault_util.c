@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 
@@ -475,6 +476,53 @@ void receive_fds(int sock, int *fds, int nr)
 		    cmsg->cmsg_len == CMSG_LEN(nr * sizeof(int)),
 		    "There are not %d files in the message", nr);
 	memcpy(fds, CMSG_DATA(cmsg), nr * sizeof(int));
+}
+
+/* A buffer of our own, or NULL if tracefs is in neither place, or not for us. */
+const char *trace_create(void)
+{
+	static const char * const roots[] = {
+		"/sys/kernel/tracing",
+		"/sys/kernel/debug/tracing",
+	};
+	static char dir[128];
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(roots); i++) {
+		snprintf(dir, sizeof(dir), "%s/instances/userfault_test.%d", roots[i],
+			 getpid());
+		if (!mkdir(dir, 0700))
+			return dir;
+
+		TEST_ASSERT(errno == ENOENT || errno == EACCES || errno == EPERM,
+			    "Cannot create %s, errno %d", dir, errno);
+	}
+
+	return NULL;
+}
+
+void trace_remove(const char *dir)
+{
+	TEST_ASSERT(!rmdir(dir), "rmdir() of %s failed, errno %d", dir, errno);
+}
+
+FILE *trace_open(const char *dir, const char *name, const char *mode)
+{
+	char path[256];
+	FILE *file;
+
+	snprintf(path, sizeof(path), "%s/%s", dir, name);
+	file = fopen(path, mode);
+	TEST_ASSERT(file, "Cannot open %s, errno %d", path, errno);
+	return file;
+}
+
+void trace_write(const char *dir, const char *name, int value)
+{
+	FILE *file = trace_open(dir, name, "w");
+
+	fprintf(file, "%d", value);
+	TEST_ASSERT(!fclose(file), "Cannot write to %s, errno %d", name, errno);
 }
 
 /* A VM with one vCPU and @nr_pages of such memory, ready for userfaults. */

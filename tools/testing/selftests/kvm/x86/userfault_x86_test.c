@@ -4,8 +4,8 @@
  * second address space, KVM_PRE_FAULT_MEMORY, nested guests, internal memslots,
  * and the counters that tell how memory is mapped.
  */
+#include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 
 #include <linux/bitmap.h>
 #include <linux/falloc.h>
@@ -516,73 +516,57 @@ userfault_test(private, closing_the_file_with_an_open_fault)
 	TEST_ASSERT_EQ(agent_finish(self->vcpu), page_content(0, false));
 }
 
-#define HWPOISON_DIR	"/sys/kernel/debug/hwpoison"
-#define HWPOISON_FILE	"corrupt-pfn"
-#define TRACE_INSTANCES	"/sys/kernel/debug/tracing/instances"
+#define HWPOISON_FILE	"/sys/kernel/debug/hwpoison/corrupt-pfn"
 /* KVM tells by it which page it is about to map. */
 #define TRACE_EVENT	"events/kvmmmu/kvm_mmu_spte_requested/enable"
+#define TRACE_FORMAT	"kvm_mmu_spte_requested: gfn %lx pfn %lx"
 
-/* Returns false if there is no such file. */
-static bool write_number(const char *dir, const char *name, u64 value)
-{
-	char path[256];
-	FILE *file;
-	int ret;
-
-	snprintf(path, sizeof(path), "%s/%s", dir, name);
-	file = fopen(path, "w");
-	if (!file)
-		return false;
-
-	fprintf(file, "%lu", value);
-	ret = fclose(file);
-	/* EBUSY: the page is broken, and still in use. */
-	TEST_ASSERT(!ret || errno == EBUSY, "Cannot write %#lx to %s, errno %d", value, path,
-		    errno);
-	return true;
-}
-
-/* The page that KVM has mapped last at @gpa, as @dir has it from the trace event. */
+/* The page that KVM has mapped last at @gpa, or 0. */
 static u64 traced_pfn(const char *dir, gpa_t gpa)
 {
+	FILE *file = trace_open(dir, "trace", "r");
 	u64 gfn, pfn, found = 0;
-	char path[256], line[512];
-	FILE *file;
-	char *event;
+	char line[512], *event;
 
-	snprintf(path, sizeof(path), "%s/trace", dir);
-	file = fopen(path, "r");
-	TEST_ASSERT(file, "Cannot open %s, errno %d", path, errno);
 	while (fgets(line, sizeof(line), file)) {
-		event = strstr(line, "kvm_mmu_spte_requested: gfn ");
-		if (event && sscanf(event, "kvm_mmu_spte_requested: gfn %lx pfn %lx", &gfn,
-				    &pfn) == 2 && gfn == gpa / PAGE_SIZE)
+		event = strstr(line, "kvm_mmu_spte_requested");
+		if (event && sscanf(event, TRACE_FORMAT, &gfn, &pfn) == 2 &&
+		    gfn == gpa / PAGE_SIZE)
 			found = pfn;
 	}
 	fclose(file);
-	TEST_ASSERT(found, "KVM mapped nothing at %#lx, or did not say so", gpa);
+
 	return found;
 }
 
 /* Have the vCPU read @nr pages, and get to know them.  Returns false if that can't be. */
 static bool read_and_trace(struct kvm_vcpu *vcpu, u64 nr, u64 *pfns)
 {
-	char dir[128];
+	const char *dir = trace_create();
 	u64 i;
 
-	snprintf(dir, sizeof(dir), TRACE_INSTANCES "/userfault_x86_test.%d", getpid());
-	if (mkdir(dir, 0700))
+	if (!dir)
 		return false;
 
-	TEST_ASSERT(write_number(dir, "set_event_pid", getpid()) &&
-		    write_number(dir, TRACE_EVENT, 1), "There is no trace event of KVM's MMU");
+	trace_write(dir, "set_event_pid", getpid());
+	trace_write(dir, TRACE_EVENT, 1);
 	for (i = 0; i < nr; i++) {
-		TEST_ASSERT_EQ(agent_do(vcpu, AGENT_READ, page_gpa(i), 0), private_content(i));
+		agent_do(vcpu, AGENT_READ, page_gpa(i), 0);
 		pfns[i] = traced_pfn(dir, page_gpa(i));
 	}
-	write_number(dir, TRACE_EVENT, 0);
-	TEST_ASSERT(!rmdir(dir), "rmdir() failed, errno %d", errno);
+	trace_write(dir, TRACE_EVENT, 0);
+	trace_remove(dir);
+
+	for (i = 0; i < nr; i++)
+		TEST_ASSERT(pfns[i], "KVM did not say what it has mapped for page %lu", i);
 	return true;
+}
+
+static void break_page(int fd, u64 pfn)
+{
+	/* EBUSY: it is broken, and still in use. */
+	TEST_ASSERT(dprintf(fd, "%#lx", pfn) > 0 || errno == EBUSY,
+		    "Cannot break page %#lx, errno %d", pfn, errno);
 }
 
 static void expect_hwpoison(struct kvm_vcpu *vcpu, gpa_t gpa)
@@ -602,9 +586,10 @@ static void expect_hwpoison(struct kvm_vcpu *vcpu, gpa_t gpa)
 userfault_test(private, hwpoisoned_private_pages)
 {
 	u64 flags = USERFAULT_READ | KVM_MEMORY_EXIT_FLAG_PRIVATE;
+	int fd = open(HWPOISON_FILE, O_WRONLY);
 	u64 pfns[2];
 
-	if (access(HWPOISON_DIR "/" HWPOISON_FILE, W_OK))
+	if (fd < 0)
 		SKIP(return, "The kernel has no CONFIG_HWPOISON_INJECT, or not for us");
 
 	vm_change_attributes(self->vm, page_gpa(0), 3 * PAGE_SIZE, PRIVATE, 0);
@@ -612,8 +597,9 @@ userfault_test(private, hwpoisoned_private_pages)
 		SKIP(return, "There is no tracefs, or not for us");
 
 	vm_userfault_arm(self->vm, page_gpa(1), PAGE_SIZE);
-	write_number(HWPOISON_DIR, HWPOISON_FILE, pfns[0]);
-	write_number(HWPOISON_DIR, HWPOISON_FILE, pfns[1]);
+	break_page(fd, pfns[0]);
+	break_page(fd, pfns[1]);
+	close(fd);
 
 	agent_request(self->vcpu, AGENT_READ, page_gpa(0), 0);
 	expect_hwpoison(self->vcpu, page_gpa(0));
