@@ -12,8 +12,6 @@
 #include "kernel_counts.h"
 #include "test_util.h"
 
-#define TRACE_EVENTS	"/sys/kernel/debug/tracing/events"
-
 static struct counter {
 	const char *name;
 	const char *event;
@@ -37,14 +35,21 @@ static struct counter {
 
 static int nr_cpus;
 
+/* The number of an event, wherever tracefs is, or -1. */
 static int event_id(const char *event)
 {
+	static const char * const roots[] = {
+		"/sys/kernel/tracing",
+		"/sys/kernel/debug/tracing",
+	};
+	FILE *file = NULL;
 	char path[128];
-	FILE *file;
-	int id = -1;
+	int i, id = -1;
 
-	snprintf(path, sizeof(path), TRACE_EVENTS "/%s/id", event);
-	file = fopen(path, "r");
+	for (i = 0; i < ARRAY_SIZE(roots) && !file; i++) {
+		snprintf(path, sizeof(path), "%s/events/%s/id", roots[i], event);
+		file = fopen(path, "r");
+	}
 	if (!file)
 		return -1;
 
