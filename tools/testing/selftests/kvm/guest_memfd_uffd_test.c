@@ -472,23 +472,29 @@ uffd_test(gmem, modes_and_their_ioctls)
 	self->uffd = -1;
 }
 
-/* Of a range with other memory in it, what works everywhere is reported. */
+/* Of a range with other memory before or after it, what works everywhere is reported. */
 uffd_test(gmem, ioctls_of_a_range_with_other_memory)
 {
-	u8 *mem = kvm_mmap(2 * page_size, PROT_READ | PROT_WRITE,
-			   MAP_PRIVATE | MAP_ANONYMOUS, -1);
 	u64 ioctls;
+	u8 *mem;
+	int i;
 
 	self->uffd = uffd_open(0);
-	TEST_ASSERT_EQ(__uffd_register(self->uffd, mem, 2 * page_size, MISSING, &ioctls), 0);
-	TEST_ASSERT(ioctls & IOCTL_BIT(MOVE), "Anonymous memory can be moved");
+	for (i = 0; i < 2; i++) {
+		mem = kvm_mmap(2 * page_size, PROT_READ | PROT_WRITE,
+			       MAP_PRIVATE | MAP_ANONYMOUS, -1);
+		TEST_ASSERT_EQ(__uffd_register(self->uffd, mem, 2 * page_size, MISSING,
+					       &ioctls), 0);
+		TEST_ASSERT(ioctls & IOCTL_BIT(MOVE), "Anonymous memory can be moved");
 
-	TEST_ASSERT(mmap(mem + page_size, page_size, PROT_READ | PROT_WRITE,
-			 MAP_SHARED | MAP_FIXED, self->fd, 0) == mem + page_size,
-		    "mmap() failed, errno %d", errno);
-	TEST_ASSERT_EQ(__uffd_register(self->uffd, mem, 2 * page_size, MISSING, &ioctls), 0);
-	TEST_ASSERT_EQ(ioctls, IOCTLS_ALWAYS);
-	kvm_munmap(mem, 2 * page_size);
+		TEST_ASSERT(mmap(mem + i * page_size, page_size, PROT_READ | PROT_WRITE,
+				 MAP_SHARED | MAP_FIXED, self->fd, 0) != MAP_FAILED,
+			    "mmap() failed, errno %d", errno);
+		TEST_ASSERT_EQ(__uffd_register(self->uffd, mem, 2 * page_size, MISSING,
+					       &ioctls), 0);
+		TEST_ASSERT_EQ(ioctls, IOCTLS_ALWAYS);
+		kvm_munmap(mem, 2 * page_size);
+	}
 }
 
 /* Those that are not reported fail: memory that others share is not to be taken away. */
